@@ -1,0 +1,124 @@
+"""Our words: what a call is made of, from the request to the row that accounts for it.
+
+Each is frozen. A call's knowledge grows from one to the next and never flows back:
+`ChatRequest` (what was asked) → `Call` (who asked, when) → `Outcome` (what became of it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A chat completion request, checked but unread: `body` keeps every member the client sent, as it was sent.
+
+    `raw` is the very body that came in, so that a request in which nothing changes is forwarded byte for byte.
+    """
+
+    raw: bytes
+    body: dict[str, Any]
+    model: str
+    wants_stream: bool
+    wants_usage: bool
+    choices: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One model at one upstream: `openai/gpt-4o-mini`."""
+
+    upstream: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.upstream}/{self.model}"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer. `estimated` means counted here, because the upstream did not say."""
+
+    prompt: int
+    completion: int
+    estimated: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """OpenAI's usage object; an estimate carries the extra member `estimated`."""
+        usage: dict[str, Any] = {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+        if self.estimated:
+            usage["estimated"] = True
+        return usage
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One client's wish for one answer. `started` is the loop's clock in seconds, for durations only."""
+
+    id: str
+    request: ChatRequest
+    targets: tuple[Target, ...]
+    started: float
+    forward_headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """How to put a request to an upstream."""
+
+    stream: bool
+    usage: bool
+    may_fall_back: bool
+    is_probe: bool = False
+    """Nothing is known: this very request will show whether the target streams."""
+
+    def without_stream(self) -> Ask:
+        return Ask(stream=False, usage=False, may_fall_back=False)
+
+    def without_usage(self) -> Ask:
+        return Ask(stream=self.stream, usage=False, may_fall_back=self.may_fall_back)
+
+
+class Mode(StrEnum):
+    """How the answer came to be a stream, or one body."""
+
+    RELAY = "relay"  # the upstream streamed, the client got that stream
+    SYNTHESIS = "synthesis"  # the upstream sent one body, the client got a stream made of it
+    WHOLE = "whole"  # the client wanted one body and got one, folded from a stream where need be
+    PASSTHROUGH = "passthrough"  # a route that is relayed unread
+    NONE = "none"  # there was no answer
+
+
+class Status(StrEnum):
+    """How a call ended. Every call ends in exactly one of these."""
+
+    OK = "ok"
+    INCOMPLETE = "incomplete"  # the upstream ended it in form, but with no finish reason
+    CLIENT_ERROR = "client_error"
+    UPSTREAM_ERROR = "upstream_error"
+    CANCELLED = "cancelled"  # the client left
+    INTERRUPTED = "interrupted"  # the proxy was told to stop
+    INTERNAL_ERROR = "internal_error"  # our own bug
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a call: the one record made of it, when it is over."""
+
+    call_id: str
+    model: str
+    target: Target | None
+    mode: Mode
+    status: Status
+    http_status: int
+    attempts: int
+    ttft_s: float | None
+    duration_s: float
+    usage: Usage | None
+    error: str | None

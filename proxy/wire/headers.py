@@ -1,0 +1,104 @@
+"""Which headers may pass, and in which direction.
+
+Hop-by-hop headers are those of RFC 9110 §7.6.1 and whatever a message's own `Connection` header names. Toward the
+upstream also go missing: everything that could carry the client's credentials, and what the HTTP client sets
+itself. Toward the client: what describes the upstream's framing or coding, which is not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from urllib.parse import quote
+
+HOP_BY_HOP = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
+
+_CREDENTIALS = frozenset(("authorization", "api-key", "x-api-key", "x-goog-api-key", "x-auth-token", "cookie"))
+
+_SET_BY_US = frozenset(
+    (
+        "host",
+        "content-length",
+        "content-type",
+        "content-encoding",
+        "accept",
+        "accept-encoding",
+        "expect",
+        "user-agent",
+        "x-request-id",
+    )
+)
+
+_NEVER_UP = HOP_BY_HOP | _CREDENTIALS | _SET_BY_US | {"origin", "referer", "forwarded", "via", "x-real-ip"}
+
+_NEVER_DOWN = HOP_BY_HOP | {
+    "content-length",
+    "content-encoding",
+    "set-cookie",
+    "server",
+    "date",
+    "alt-svc",
+    "x-request-id",
+}
+
+_INFORMATIVE = ("x-ratelimit-", "openai-", "anthropic-ratelimit-")
+
+# Said about every stream: nothing between us and the client may store, gather or transform it. nginx obeys
+# X-Accel-Buffering (https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_buffering).
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+
+
+def upstream_headers(headers: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The client's headers that go on to the upstream: custom and vendor ones (`openai-beta`, `idempotency-key`, …)."""
+    pairs = list(headers)
+    nominated = _nominated(value for name, value in pairs if name.lower() == "connection")
+    kept = []
+    for name, value in pairs:
+        low = name.lower()
+        if low in _NEVER_UP or low in nominated:
+            continue
+        if low.startswith(("x-forwarded-", "x-headwater-", "sec-", "cf-", "accept-", "if-")):
+            continue
+        kept.append((name, value))
+    return tuple(kept)
+
+
+def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The upstream's headers that go on to the client: rate limits, vendor ids, content type and disposition."""
+    nominated = _nominated([value for name, value in headers.items() if name.lower() == "connection"])
+    return {
+        name: value
+        for name, value in headers.items()
+        if (low := name.lower()) not in _NEVER_DOWN
+        and low not in nominated
+        and not low.startswith(("access-control-", "x-accel-"))
+    }
+
+
+def informative_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The upstream's headers that say something about the answer or the account: limits left, processing time."""
+    return {name: value for name, value in headers.items() if name.lower().startswith(_INFORMATIVE)}
+
+
+def header_value(text: str) -> str:
+    """The text as a header can carry it: what is not plain ASCII, line ends above all, is percent-encoded."""
+    return text if text.isascii() and text.isprintable() else quote(text, safe=" /:")
+
+
+def _nominated(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(part.strip().lower() for value in values for part in value.split(",") if part.strip())

@@ -1,0 +1,508 @@
+"""Two lanes from what an upstream streams to the form that every client can read.
+
+*Normal form* of a chat stream: every event is one line `data: ` + JSON + blank line, with no `id`, `event` or `retry`
+line and no comment in it; `id`, `object`, `created`, `model`, `choices` with `index` are present; the role stands in
+the first delta of each choice and nowhere else; a tool call's id and name are said once and its index is its own;
+usage is there only when asked for, and last. The closing `[DONE]` is not this module's business: it is sent by whoever
+knows that the answer is whole.
+
+The *fast lane* recognises an event without parsing it. Upstreams send hundreds of events that differ in one string:
+once an event was parsed and found normal, its bytes before and behind that string are its `_Shape`, and any event of
+the same shape is normal too and goes out as the very bytes that came in. Every other event takes the *slow lane*:
+parsed, mended, encoded again (and, if nothing was mended, also passed on as it came).
+
+What is mended, and who sends it so:
+- a missing or empty id or model, and `choices: []` before them: Azure's first event, which carries the prompt's
+  content-filter results (https://github.com/langfuse/langfuse/issues/2833);
+- a choice with no delta: Azure's late content-filter event (https://github.com/langchain-ai/langchain/issues/18977);
+- a role in every delta: Ollama (https://github.com/ollama/ollama/issues/7626); the official SDK adds the strings up;
+- tool calls without an index, all on index 0, or with arguments on another index than their head
+  (https://github.com/ai-dynamo/dynamo/issues/4723); `tool_calls: []` (https://github.com/vercel/ai/issues/20537);
+- usage on every chunk, cumulative (https://github.com/tensorzero/tensorzero/issues/5481): the largest counts, the last
+  place is its place.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from proxy.chat import Usage
+from proxy.wire.encoding import dumps, loads
+from proxy.wire.sse import EventSplitter, data_event, parse_event
+
+_MAX_SHAPES = 4
+# An upstream whose every event differs (a new id each time) is not worth learning from.
+_PATIENCE = 64
+
+# The rest of a JSON string, from behind its opening quote to its closing one (RFC 8259 §7).
+_string_rest = re.compile(
+    rb'[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})[^"\\\x00-\x1f]*+)*+"',
+).match
+_text_member = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)": ?"')
+_VOLATILE = re.compile(rb'"obfuscation": ?"')
+
+
+class _Shape:
+    """What events that differ in one string (and OpenAI's `obfuscation` padding) have in common."""
+
+    __slots__ = ("_between", "_end", "_end_bytes", "_head", "_head_bytes", "_middle", "_tail")
+
+    def __init__(self, head: bytes, tail: bytes) -> None:
+        self._head = head
+        self._head_bytes = len(head)
+        self._end = b'"' + tail + b"\n\n"
+        self._end_bytes = len(self._end)
+        self._between = self._end + head
+        volatile = _VOLATILE.search(tail)
+        rest = _string_rest(tail, volatile.end()) if volatile else None
+        if volatile and rest:
+            self._middle = tail[: volatile.end()]
+            self._tail = tail[rest.end() :]
+        else:
+            self._middle = b""
+            self._tail = tail
+
+    def count(self, block: bytes) -> int:
+        """How many events a block holds, if all of them have this shape and nothing else is in it; otherwise 0.
+
+        The same test as `fits`, for many events at once: what stands between one head and the next end must be the
+        insides of JSON strings, and joined by spaces they are exactly when each of them is.
+        """
+        # One quote cannot both open and close a string.
+        if len(block) < self._head_bytes + self._end_bytes:
+            return 0
+        if not (block.startswith(self._head) and block.endswith(self._end)):
+            return 0
+        texts = block[self._head_bytes : -self._end_bytes].split(self._between)
+        joined = b" ".join(texts) + b'"'
+        rest = _string_rest(joined)
+        if rest is None or rest.end() != len(joined) or not (block.isascii() or _is_utf8(block)):
+            return 0
+        return len(texts)
+
+    def fits(self, event: bytes) -> bool:
+        if not event.startswith(self._head):
+            return False
+        text = _string_rest(event, self._head_bytes)
+        if text is None:
+            return False
+        end = text.end()
+        if self._middle:
+            if not event.startswith(self._middle, end):
+                return False
+            text = _string_rest(event, end + len(self._middle))
+            if text is None:
+                return False
+            end = text.end()
+        return event[end:] == self._tail and (event.isascii() or _is_utf8(event))
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@dataclass(slots=True)
+class _ChoiceState:
+    """What was already said of one choice."""
+
+    has_role: bool = False
+    is_finished: bool = False
+    has_content: bool = False
+    call_ids: dict[str, int] = field(default_factory=dict)  # id -> index sent down
+    call_names: dict[int, str] = field(default_factory=dict)  # index sent down -> name
+    call_routes: dict[int, int] = field(default_factory=dict)  # index as it came -> index sent down
+    last_call: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a stream is read with: what the client asked for, and what to fill in where the upstream is silent."""
+
+    fallback_id: str
+    created: int
+    model: str
+    choices: int = 1
+    wants_running_usage: bool = False
+
+
+class Normalizer:
+    """Turns the bytes of one upstream's chat stream into events in normal form.
+
+    Feed it reads; it returns the bytes to send down, whole events only. What it saw stands in its attributes.
+    Raises EventTooLarge when one event outgrows `max_event_bytes`.
+    """
+
+    __slots__ = (
+        "_choices",
+        "_created",
+        "_expected",
+        "_id",
+        "_learned",
+        "_model",
+        "_shapes",
+        "_splitter",
+        "_usage_chunk",
+        "_waiting",
+        "error",
+        "events",
+        "is_done",
+        "is_meaningful",
+        "malformed",
+        "usage",
+    )
+
+    def __init__(self, expected: Expected, max_event_bytes: int) -> None:
+        self._expected = expected
+        self._splitter = EventSplitter(max_event_bytes)
+        self._shapes: list[_Shape] = []
+        self._learned = 0
+        self._choices: dict[int, _ChoiceState] = {}
+        self._waiting: list[dict[str, Any]] = []
+        self._id: str | None = None
+        self._created: int | None = None
+        self._model: str | None = None
+        self._usage_chunk: dict[str, Any] | None = None
+        self.usage: Usage | None = None
+        """What the upstream said last, or most."""
+        self.error: dict[str, Any] | None = None
+        """The data of an error event: nothing after it is read."""
+        self.events = 0
+        self.malformed = 0
+        self.is_done = False
+        self.is_meaningful = False
+        """Whether anything was seen that a reader of the answer would miss: text, reasoning, a call, an end."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice that is expected, or has begun, has its finish reason."""
+        finished = sum(choice.is_finished for choice in self._choices.values())
+        return finished == len(self._choices) and finished >= self._expected.choices
+
+    @property
+    def has_finish(self) -> bool:
+        """Whether every choice that has begun has its finish reason; an upstream may give fewer than were asked."""
+        return bool(self._choices) and all(choice.is_finished for choice in self._choices.values())
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that `data` completes, in normal form."""
+        is_open = not self.is_done and self.error is None
+        if self._shapes and is_open and self._splitter.is_between_events and (count := self._shapes[0].count(data)):
+            self.events += count
+            return data
+        events = self._splitter.feed(data)
+        out: list[bytes] = []
+        is_verbatim = self._splitter.was_exact
+        for event in events:
+            if self.is_done or self.error is not None:
+                is_verbatim = False
+                break
+            for shape in self._shapes:
+                if shape.fits(event):
+                    self.events += 1
+                    out.append(event)
+                    break
+            else:
+                is_verbatim = self._mend(event, out) and is_verbatim
+        if is_verbatim:
+            return data
+        if not out:
+            return b""
+        out.append(b"")
+        return b"\n\n".join(out)
+
+    def finish(self) -> bytes:
+        """What the end of the input completes: a last event without its blank line, events still waiting for an id."""
+        out: list[bytes] = []
+        for event in self._splitter.finish():
+            if not self.is_done and self.error is None:
+                self._mend(event, out)
+        self._release(out)
+        out.append(b"")
+        return b"\n\n".join(out) if len(out) > 1 else b""
+
+    def usage_event(self, estimate: Usage | None) -> bytes:
+        """The closing usage event: the upstream's own or, where it said nothing, one made of `estimate`."""
+        chunk = self._usage_chunk
+        if chunk is None:
+            if estimate is None:
+                return b""
+            chunk = {"choices": [], "usage": estimate.as_json()}
+        return data_event(dumps(self._fill_in(chunk)))
+
+    @property
+    def has_usage_event(self) -> bool:
+        return self._usage_chunk is not None
+
+    def _mend(self, raw: bytes, out: list[bytes]) -> bool:
+        """Append to `out` what is to be sent for one event; true when that is the event as it came and nothing else."""
+        kind, data = parse_event(raw)
+        if data is None:
+            return False
+        if data.strip() == b"[DONE]":
+            self.is_done = True
+            self._release(out)
+            return False
+        is_utf8 = data.isascii() or _is_utf8(data)
+        chunk = _parse_object(data if is_utf8 else data.decode("utf-8", "replace").encode())
+        if chunk is None:
+            self.malformed += 1
+            return False
+        self.events += 1
+        if chunk.get("error") or chunk.get("object") == "error" or (kind == b"error" and "choices" not in chunk):
+            self.error = chunk
+            return False
+        has_changed = self._mend_choices(chunk) or not is_utf8
+        usage = chunk.get("usage")
+        if usage is not None and read_usage({"usage": usage}) is None:
+            del chunk["usage"]
+            usage = None
+            has_changed = True
+            if chunk.keys() <= _ENVELOPE and not chunk["choices"]:
+                return False
+        is_most = self._note_usage(chunk)
+        if not chunk["choices"]:
+            if usage is not None:
+                if is_most:
+                    self._usage_chunk = chunk
+                return False
+            if self._id is None and not chunk.get("id"):
+                self._waiting.append(chunk)
+                return False
+        elif usage is not None and not self._expected.wants_running_usage:
+            # A null beside the choices is how OpenAI says "later", and stays.
+            del chunk["usage"]
+            if is_most:
+                self._usage_chunk = {**_envelope(chunk), "choices": [], "usage": usage}
+            has_changed = True
+        has_changed = self._needs_filling(chunk) or has_changed
+        chunk = self._fill_in(chunk)
+        is_next = not self._waiting
+        self._release(out)
+        if has_changed or raw != b"data: " + data or b"\n" in data:
+            out.append(b"data: " + dumps(chunk))
+            return False
+        out.append(raw)
+        self._learn(raw, chunk)
+        return is_next
+
+    def _release(self, out: list[bytes]) -> None:
+        """Send what waited for an id, now that there is one (or there will be none)."""
+        out.extend(b"data: " + dumps(self._fill_in(chunk)) for chunk in self._waiting)
+        self._waiting = []
+
+    def _needs_filling(self, chunk: dict[str, Any]) -> bool:
+        return not (
+            chunk.get("id")
+            and chunk.get("model")
+            and isinstance(chunk.get("created"), int)
+            and chunk.get("object") == "chat.completion.chunk"
+        )
+
+    def _fill_in(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """The chunk with its envelope complete; what the upstream did say is kept and remembered for the others."""
+        if not isinstance(chunk.get("id"), str) or not chunk["id"]:
+            chunk["id"] = self._id or self._expected.fallback_id
+        if not isinstance(chunk.get("created"), int):
+            chunk["created"] = self._created or self._expected.created
+        if not isinstance(chunk.get("model"), str) or not chunk["model"]:
+            chunk["model"] = self._model or self._expected.model
+        chunk["object"] = "chat.completion.chunk"
+        self._id, self._created, self._model = chunk["id"], chunk["created"], chunk["model"]
+        return chunk
+
+    def _note_usage(self, chunk: dict[str, Any]) -> bool:
+        """Remember the chunk's usage if it is the most that was said so far; whether it is."""
+        usage, known = read_usage(chunk), self.usage
+        if usage is None:
+            return False
+        if known is None:
+            self.usage = usage
+            return True
+        self.usage = Usage(max(usage.prompt, known.prompt), max(usage.completion, known.completion))
+        return usage == self.usage
+
+    def _mend_choices(self, chunk: dict[str, Any]) -> bool:
+        choices = chunk.get("choices")
+        if not isinstance(choices, list):
+            chunk["choices"] = []
+            return True
+        has_changed = not all(isinstance(choice, dict) for choice in choices)
+        if has_changed:
+            choices = chunk["choices"] = [choice for choice in choices if isinstance(choice, dict)]
+        for position, choice in enumerate(choices):
+            if not isinstance(choice.get("index"), int):
+                choice["index"] = position
+                has_changed = True
+            state = self._choices.get(choice["index"])
+            if state is None:
+                state = self._choices[choice["index"]] = _ChoiceState()
+            has_changed = self._mend_choice(choice, state) or has_changed
+        return has_changed
+
+    def _mend_choice(self, choice: dict[str, Any], state: _ChoiceState) -> bool:
+        has_changed = False
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            message = choice.pop("message", None)
+            # A whole message inside a stream is the answer itself, or at the end a repetition of it.
+            delta = message if isinstance(message, dict) and not state.has_content else {}
+            choice["delta"] = delta
+            has_changed = True
+        if not state.has_role:
+            state.has_role = True
+            if not delta.get("role"):
+                choice["delta"] = delta = {**delta, "role": "assistant"}
+                has_changed = True
+        elif "role" in delta:
+            del delta["role"]
+            has_changed = True
+        if "tool_calls" in delta:
+            has_changed = self._mend_tool_calls(delta, state) or has_changed
+        if choice.get("finish_reason") is not None:
+            if state.is_finished or choice["finish_reason"] == "":
+                choice["finish_reason"] = None
+                has_changed = True
+            else:
+                state.is_finished = True
+                self.is_meaningful = True
+        if not state.has_content and any(value for name, value in delta.items() if name != "role"):
+            state.has_content = True
+            self.is_meaningful = True
+        return has_changed
+
+    def _mend_tool_calls(self, delta: dict[str, Any], state: _ChoiceState) -> bool:
+        given = delta["tool_calls"]
+        calls = [call for call in given if isinstance(call, dict)] if isinstance(given, list) else []
+        if not calls:
+            del delta["tool_calls"]
+            return True
+        delta["tool_calls"] = calls
+        has_changed = len(calls) != len(given)
+        for call in calls:
+            has_changed = self._mend_tool_call(call, state) or has_changed
+        return has_changed
+
+    def _mend_tool_call(self, call: dict[str, Any], state: _ChoiceState) -> bool:
+        given = call.get("index")
+        has_changed = False
+        for member, kind in (("id", str), ("function", dict)):
+            if member in call and not isinstance(call[member], kind):
+                del call[member]
+                has_changed = True
+        call_id, function = call.get("id"), call.get("function", {})
+        name = function.get("name")
+        routed = state.call_routes.get(given) if isinstance(given, int) else None
+        if call_id and call_id in state.call_ids:
+            index, is_new = state.call_ids[call_id], False
+        elif call_id:
+            index, is_new = _free_index(given, state), True
+        elif routed is not None and (not name or name == state.call_names.get(routed)):
+            index, is_new = routed, False
+        elif name or state.last_call < 0:
+            index, is_new = _free_index(given, state), True
+            call["id"] = call_id = f"call_{self._expected.fallback_id}_{index}"
+            has_changed = True
+        else:
+            index, is_new = state.last_call, False
+        if is_new:
+            # Where every call says index 0, the shape of the last call's arguments would claim those of this one.
+            self._shapes.clear()
+            state.call_ids[str(call_id)] = index
+            state.call_names[index] = name or ""
+            if not call.get("type"):
+                call["type"] = "function"
+                has_changed = True
+        else:
+            if "id" in call:
+                del call["id"]
+                has_changed = True
+            if "name" in function:
+                if state.call_names[index] or not name:
+                    del function["name"]
+                    has_changed = True
+                else:
+                    state.call_names[index] = name
+        if isinstance(given, int):
+            state.call_routes[given] = index
+        if given != index:
+            call["index"] = index
+            has_changed = True
+        arguments = function.get("arguments", "")
+        if not isinstance(arguments, str):
+            function["arguments"] = "" if arguments is None else dumps(arguments).decode()
+            has_changed = True
+        state.last_call = index
+        return has_changed
+
+    def _learn(self, raw: bytes, chunk: dict[str, Any]) -> None:
+        """Remember the shape of an event that was normal as it came and said nothing but more text."""
+        is_hopeless = self._learned > _PATIENCE and self._learned * 2 > self.events
+        if not self.is_meaningful or is_hopeless or not _is_plain(chunk):
+            return
+        for member in _text_member.finditer(raw):
+            rest = _string_rest(raw, member.end())
+            if rest is not None and rest.end() > member.end() + 1:
+                self._learned += 1
+                self._shapes.insert(0, _Shape(raw[: member.end()], raw[rest.end() :]))
+                del self._shapes[_MAX_SHAPES:]
+                return
+
+
+def read_usage(body: dict[str, Any]) -> Usage | None:
+    """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap."""
+    usage = body.get("usage")
+    if not usage and "x_groq" in body and isinstance(body["x_groq"], dict):
+        usage = body["x_groq"].get("usage")
+    if not isinstance(usage, dict):
+        return None
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    completion = usage.get("completion_tokens", usage.get("output_tokens"))
+    if not isinstance(prompt, int) and not isinstance(completion, int):
+        return None
+    return Usage(prompt if isinstance(prompt, int) else 0, completion if isinstance(completion, int) else 0)
+
+
+def _parse_object(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = loads(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _envelope(chunk: dict[str, Any]) -> dict[str, Any]:
+    return {name: chunk.get(name) for name in ("id", "object", "created", "model")}
+
+
+def _free_index(given: Any, state: _ChoiceState) -> int:
+    if isinstance(given, int) and given >= 0 and given not in state.call_names:
+        return given
+    return max(state.call_names, default=-1) + 1
+
+
+_ENVELOPE = frozenset(("id", "object", "created", "model", "choices"))
+_PLAIN_DELTA = frozenset(("content", "reasoning_content", "reasoning", "tool_calls", "refusal"))
+_PLAIN_CALL = frozenset(("index", "function", "type"))
+
+
+def _is_plain(chunk: dict[str, Any]) -> bool:
+    """Whether another chunk like this one, with another text, changes nothing that must be known before the end."""
+    if chunk.get("usage") is not None or len(chunk["choices"]) != 1:
+        return False
+    choice = chunk["choices"][0]
+    if choice.get("finish_reason") is not None or not choice["delta"].keys() <= _PLAIN_DELTA:
+        return False
+    calls = choice["delta"].get("tool_calls") or []
+    return all(
+        isinstance(call, dict)
+        and call.keys() <= _PLAIN_CALL
+        and isinstance(call.get("function"), dict)
+        and call["function"].keys() <= {"arguments"}
+        for call in calls
+    )

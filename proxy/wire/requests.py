@@ -1,0 +1,83 @@
+"""A client's body as a ChatRequest: checked, but not interpreted.
+
+Only what the proxy itself must understand is looked at; everything else passes unread, unknown members included, and
+nothing is given a default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxy.chat import ChatRequest
+from proxy.errors import ClientError
+from proxy.wire.encoding import loads
+
+MAX_CHOICES = 128
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a request's body. ClientError 400 otherwise."""
+    try:
+        body = loads(raw)
+    except ValueError as error:
+        raise ClientError(400, "invalid_json", f"The body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ClientError(400, "invalid_type", "The body must be a JSON object.")
+    return body
+
+
+def parse_chat_request(raw: bytes) -> ChatRequest:
+    """The request in a chat completion's body. ClientError 400 names the member that is wrong in `param`."""
+    body = parse_object(raw)
+    model = required_model(body)
+    messages = body.get("messages")
+    if messages is None:
+        raise _wrong("messages", "is required", "missing_required_parameter")
+    if not isinstance(messages, list):
+        raise _wrong("messages", "must be an array")
+    if not messages:
+        raise _wrong("messages", "must not be empty", "empty_array")
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise _wrong(f"messages[{position}]", "must be an object")
+        if not isinstance(message.get("role"), str):
+            raise _wrong(f"messages[{position}].role", "must be a string")
+        if not isinstance(message.get("content"), str | list | None):
+            raise _wrong(f"messages[{position}].content", "must be a string, an array of parts, or null")
+    stream = body.get("stream")
+    if not isinstance(stream, bool | None):
+        raise _wrong("stream", "must be true, false or null")
+    options = body.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise _wrong("stream_options", "must be an object or null")
+    choices = body.get("n")
+    if choices is None:
+        choices = 1
+    if type(choices) is not int:
+        raise _wrong("n", "must be an integer")
+    if not 1 <= choices <= MAX_CHOICES:
+        raise _wrong("n", f"must be between 1 and {MAX_CHOICES}", "invalid_value")
+    return ChatRequest(
+        raw=raw,
+        body=body,
+        model=model,
+        wants_stream=bool(stream),
+        wants_usage=bool(options and options.get("include_usage")),
+        choices=choices,
+    )
+
+
+def required_model(body: dict[str, Any]) -> str:
+    """The `model` member of a body. ClientError 400 when it is missing or not a name."""
+    model = body.get("model")
+    if model is None:
+        raise _wrong("model", "is required", "missing_required_parameter")
+    if not isinstance(model, str):
+        raise _wrong("model", "must be a string")
+    if not model.strip():
+        raise _wrong("model", "must not be empty", "invalid_value")
+    return model
+
+
+def _wrong(param: str, what: str, code: str = "invalid_type") -> ClientError:
+    return ClientError(400, code, f"'{param}' {what}.", param=param)

@@ -1,0 +1,98 @@
+"""Which headers pass, and in which direction."""
+
+from __future__ import annotations
+
+import pytest
+from multidict import CIMultiDict
+
+from proxy.wire.headers import STREAM_HEADERS, downstream_headers, informative_headers, upstream_headers
+
+HOP_BY_HOP = [
+    "Connection",
+    "Keep-Alive",
+    "Proxy-Authenticate",
+    "Proxy-Authorization",
+    "Proxy-Connection",
+    "TE",
+    "Trailer",
+]
+HOP_BY_HOP += ["Transfer-Encoding", "Upgrade"]
+SPELLINGS = [str.lower, str.upper, str.title]
+
+
+@pytest.mark.parametrize("name", HOP_BY_HOP)
+def test_headers_of_one_hop_stay_on_it(name: str) -> None:
+    """RFC 9110 §7.6.1"""
+    for spell in SPELLINGS:
+        assert upstream_headers([(spell(name), "x"), ("X-Custom", "1")]) == (("X-Custom", "1"),)
+        assert downstream_headers(CIMultiDict({spell(name): "x", "X-Custom": "1"})) == {"X-Custom": "1"}
+
+
+def test_headers_that_connection_names_stay_on_their_hop_too() -> None:
+    """RFC 9110 §7.6.1: a proxy must remove what the message's own Connection header nominates, in every one of its lines."""
+    pairs = [("X-One", "1"), ("connection", "keep-alive, X-One"), ("Connection", "x-two ,,x-three"), ("X-Two", "2")]
+    pairs += [("X-Three", "3"), ("X-Four", "4")]
+    assert upstream_headers(pairs) == (("X-Four", "4"),)
+    assert downstream_headers(CIMultiDict(pairs)) == {"X-Four": "4"}
+
+
+@pytest.mark.parametrize(
+    "name", ["Authorization", "api-key", "x-api-key", "x-goog-api-key", "Cookie", "Proxy-Authorization"]
+)
+def test_the_clients_credentials_never_reach_an_upstream(name: str) -> None:
+    for spell in SPELLINGS:
+        assert upstream_headers([(spell(name), "secret")]) == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Host", "Content-Length", "Content-Type", "Content-Encoding", "Accept", "Accept-Encoding", "Accept-Language"),
+        *("Expect", "User-Agent", "X-Request-Id", "Origin", "Referer", "Forwarded", "Via", "X-Real-Ip"),
+        *("X-Forwarded-For", "X-Headwater-Target", "Sec-Fetch-Mode", "CF-Connecting-IP", "If-None-Match"),
+    ],
+)
+def test_what_describes_the_clients_own_hop_is_not_passed_on(name: str) -> None:
+    """Among them Content-Encoding: the body that goes up has been decoded."""
+    assert upstream_headers([(name, "x")]) == ()
+
+
+def test_vendors_headers_reach_the_upstream_as_they_were_written() -> None:
+    pairs = (
+        ("OpenAI-Beta", "assistants=v2"),
+        ("Idempotency-Key", "1"),
+        ("X-Custom", "a"),
+        ("X-Custom", "b"),
+        ("traceparent", "0"),
+    )
+    assert upstream_headers(pairs) == pairs
+    assert upstream_headers(iter(pairs)) == pairs
+
+
+@pytest.mark.parametrize(
+    "name", ["Content-Length", "Content-Encoding", "Set-Cookie", "Server", "Date", "Alt-Svc", "X-Request-Id"]
+)
+def test_what_describes_the_upstreams_framing_is_not_passed_down(name: str) -> None:
+    """A relayed Content-Encoding over decoded bytes breaks clients: https://github.com/rossoctl/cortex/issues/864."""
+    for spell in SPELLINGS:
+        assert downstream_headers(CIMultiDict({spell(name): "x"})) == {}
+
+
+def test_an_upstreams_cross_origin_rules_are_not_ours() -> None:
+    assert downstream_headers(CIMultiDict({"Access-Control-Allow-Origin": "*", "Content-Type": "audio/mpeg"})) == {
+        "Content-Type": "audio/mpeg"
+    }
+
+
+def test_limits_and_times_are_told_to_the_client() -> None:
+    headers = {"X-RateLimit-Remaining-Tokens": "7", "openai-processing-ms": "5", "anthropic-ratelimit-x": "1"}
+    noise = {"Content-Type": "text/html", "Set-Cookie": "x", "Cache-Control": "max-age=1", "x-other": "1"}
+    assert informative_headers(CIMultiDict({**headers, **noise})) == headers
+    assert downstream_headers(CIMultiDict(headers)) == headers
+
+
+def test_nothing_between_us_and_the_client_may_gather_a_stream() -> None:
+    """https://github.com/BerriAI/litellm/issues/29557, https://github.com/blinkk/rootjs/issues/1231"""
+    assert STREAM_HEADERS["Content-Type"].startswith("text/event-stream")
+    assert set(STREAM_HEADERS["Cache-Control"].split(", ")) == {"no-cache", "no-transform"}
+    assert STREAM_HEADERS["X-Accel-Buffering"] == "no"

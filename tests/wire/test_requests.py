@@ -1,0 +1,115 @@
+"""A client's body: what must be right is named when it is wrong, and everything else is left as it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from proxy.errors import ClientError
+from proxy.wire.requests import MAX_CHOICES, parse_chat_request, parse_object
+
+GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def body(**members: Any) -> bytes:
+    return json.dumps({name: value for name, value in {**GOOD, **members}.items() if value is not ...}).encode()
+
+
+def refused(raw: bytes) -> ClientError:
+    with pytest.raises(ClientError) as caught:
+        parse_chat_request(raw)
+    error = caught.value
+    assert error.status == 400
+    assert error.envelope()["error"].keys() == {"message", "type", "param", "code"}
+    assert error.envelope()["error"]["type"] == "invalid_request_error"
+    assert str(error.param or "") in error.message
+    return error
+
+
+NOT_A_STRING: list[Any] = [3, 1.5, True, [], {}]
+WRONG: list[tuple[str, str, list[Any]]] = [
+    ("model", "invalid_type", NOT_A_STRING),
+    ("model", "missing_required_parameter", [..., None]),
+    ("model", "invalid_value", ["", "  "]),
+    ("messages", "missing_required_parameter", [..., None]),
+    ("messages", "invalid_type", ["Hi", 3, True, {}, {"role": "user"}]),
+    ("messages", "empty_array", [[]]),
+    ("stream", "invalid_type", ["true", 1, 0, [], {}]),
+    ("stream_options", "invalid_type", [True, "x", [], 1]),
+    ("n", "invalid_type", ["1", 1.0, True, [1]]),
+    ("n", "invalid_value", [0, -1, MAX_CHOICES + 1, 10**30]),
+]
+
+
+@pytest.mark.parametrize(("param", "code", "values"), WRONG)
+def test_a_wrong_member_is_named(param: str, code: str, values: list[Any]) -> None:
+    for value in values:
+        error = refused(body(**{param: value}))
+        if value != 10**30:
+            assert error.code == code, value
+        assert error.param == param
+
+
+@pytest.mark.parametrize("wrong", [None, "Hi", 3, [], True])
+def test_a_message_that_is_none_is_named_by_its_place(wrong: Any) -> None:
+    assert refused(body(messages=[GOOD["messages"][0], wrong])).param == "messages[1]"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"content": "Hi"}, "messages[0].role"),
+        ({"role": 3, "content": "Hi"}, "messages[0].role"),
+        ({"role": None}, "messages[0].role"),
+        ({"role": "user", "content": 3}, "messages[0].content"),
+        ({"role": "user", "content": {"type": "text"}}, "messages[0].content"),
+        ({"role": "user", "content": True}, "messages[0].content"),
+    ],
+)
+def test_a_messages_wrong_member_is_named(message: Any, param: str) -> None:
+    assert refused(body(messages=[message])).param == param
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[1]", b'"text"', b"null", b"\xff\xfe{}", b"[" * 100_000, b"model=m&messages=Hi"]
+)
+def test_a_body_that_is_no_json_object_is_told_so(raw: bytes) -> None:
+    error = refused(raw)
+    assert error.param is None
+    assert error.code in ("invalid_json", "invalid_type")
+    with pytest.raises(ClientError):
+        parse_object(raw)
+
+
+def test_the_body_is_kept_as_it_came() -> None:
+    messages = b'[{"role":"user","content":[{"type":"text","text":"Hi"}],"x":1}]'
+    raw = b' {"messages" : ' + messages + b',"model":"m","new":{"a":null}, "temperature":0}'
+    request = parse_chat_request(raw)
+    assert request.raw is raw
+    assert request.body == json.loads(raw)
+    assert (request.model, request.wants_stream, request.wants_usage, request.choices) == ("m", False, False, 1)
+
+
+@pytest.mark.parametrize(
+    ("members", "wants_stream", "wants_usage", "choices"),
+    [
+        ({"stream": True}, True, False, 1),
+        ({"stream": None, "n": None, "stream_options": None}, False, False, 1),
+        ({"stream": True, "stream_options": {"include_usage": True}, "n": 3}, True, True, 3),
+        ({"stream": True, "stream_options": {"include_usage": False}}, True, False, 1),
+        ({"stream": True, "stream_options": {}, "n": MAX_CHOICES}, True, False, MAX_CHOICES),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool"}]}, False, False, 1),
+    ],
+)
+def test_what_the_client_wants_is_read(members: Any, wants_stream: bool, wants_usage: bool, choices: int) -> None:
+    request = parse_chat_request(body(**members))
+    assert (request.wants_stream, request.wants_usage, request.choices) == (wants_stream, wants_usage, choices)
+
+
+def test_half_an_emoji_in_a_question_is_no_reason_to_refuse_it() -> None:
+    raw = body(messages=[{"role": "user", "content": "cut \ud83d"}])
+    request = parse_chat_request(raw)
+    assert request.body["messages"][0]["content"] == "cut \ufffd"
+    assert request.raw is raw
