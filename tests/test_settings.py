@@ -1,0 +1,295 @@
+"""The config file and the environment: every problem is told at once, by place, and no secret with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.errors import ConfigError
+from proxy.settings import (
+    Settings,
+    UpstreamSettings,
+    is_loopback,
+    load,
+    matches,
+    redact_url,
+    with_server,
+    with_upstreams,
+)
+
+SECRET = "sk-very-secret-0123456789"
+UPSTREAM = '[[upstream]]\nname = "a"\nbase_url = "http://localhost:8000/v1"\n'
+
+
+def loaded(directory: Path, text: str, environ: dict[str, str] | None = None) -> Settings:
+    path = directory / "c.toml"
+    path.write_text(text, "utf-8")
+    return load(path, environ or {})
+
+
+def problems(directory: Path, text: str, environ: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        loaded(directory, text, environ)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    assert SECRET not in str(caught.value)
+    return [problem.replace(str(directory) + "/", "") for problem in caught.value.problems]
+
+
+def test_nothing_at_all_is_a_whole_configuration() -> None:
+    settings = load(None, {})
+    assert settings == Settings()
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8100)
+    assert (settings.streaming.max_retries, settings.streaming.idle_timeout_s) == (3, 60)
+    assert settings.upstream == ()
+
+
+def test_a_file_is_read_whole(tmp_path: Path) -> None:
+    text = f"""
+        [server]
+        port = 9000
+        cors_origins = ["https://a.example"]
+        [store]
+        path = "/tmp/x.db"
+        [streaming]
+        idle_timeout_s = 5
+        force_non_streaming = true
+        {UPSTREAM}
+        api_key_env = "KEY"
+        models = ["gpt-*"]
+        stream = "never"
+        [[model]]
+        name = "fast"
+        targets = ["a/gpt-1", "a/b/c"]
+    """
+    settings = loaded(tmp_path, text, {"KEY": f" {SECRET}\n"})
+    assert (settings.server.port, settings.server.cors_origins) == (9000, ("https://a.example",))
+    assert settings.store.path == Path("/tmp/x.db")
+    assert (settings.streaming.idle_timeout_s, settings.streaming.force_non_streaming) == (5, True)
+    assert (settings.upstream[0].models, settings.upstream[0].stream) == (("gpt-*",), "never")
+    assert settings.model[0].targets == ("a/gpt-1", "a/b/c")
+    assert dict(settings.secrets) == {"a": SECRET}
+
+
+def test_all_problems_are_told_at_once_with_line_and_key_and_the_nearest_name(tmp_path: Path) -> None:
+    text = """foo = 1
+[server]
+hots = "x"
+port = "many"
+
+[[upstream]]
+name = "a"
+base_url = "ftp://x"
+[[upstream]]
+name = "a"
+base_url = "http://x"
+straem = "auto"
+[[model]]
+name = "m"
+targets = ["aa/x", "y"]
+[streming]
+x = 1
+"""
+    environ = {"HEADWATER_STREAMING__MAX_RETRYS": "1", "HEADWATER_STREAMING__IDLE_TIMEOUT_S": "long"}
+    expected = [
+        ("c.toml:1: foo: unknown key",),
+        ("c.toml:3: server.hots: unknown key", "did you mean host?"),
+        ("c.toml:4: server.port: ", "valid integer"),
+        ("c.toml:8: upstream[0].base_url: ", "must be a URL"),
+        ("c.toml:10: upstream[1].name: ", "'a' already"),
+        ("c.toml:12: upstream[1].straem: unknown key", "did you mean stream?"),
+        ("c.toml:15: model[0].targets: ", "'aa/x': no upstream is named 'aa'; did you mean a?"),
+        ("c.toml:15: model[0].targets: ", "'y' must be written upstream/model"),
+        ("c.toml:16: streming: unknown key", "did you mean streaming?"),
+        ("environment variable HEADWATER_STREAMING__IDLE_TIMEOUT_S: ", "valid number"),
+        ("environment variable HEADWATER_STREAMING__MAX_RETRYS: ", "did you mean HEADWATER_STREAMING__MAX_RETRIES?"),
+    ]
+    found = problems(tmp_path, text, environ)
+    assert len(found) == len(expected)
+    for start, *words in expected:
+        [problem] = [
+            problem for problem in found if problem.startswith(start) and all(word in problem for word in words)
+        ]
+        found.remove(problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[streaming]\nidle_timeout_s = nan\n", "c.toml:2: streaming.idle_timeout_s"),
+        ("[streaming]\nidle_timeout_s = inf\n", "c.toml:2: streaming.idle_timeout_s"),
+        ("[streaming]\nfirst_token_timeout_s = 0\n", "c.toml:2: streaming.first_token_timeout_s"),
+        ("[streaming]\nheartbeat_interval_s = -1\n", "c.toml:2: streaming.heartbeat_interval_s"),
+        ("[streaming]\nmax_retries = 2.5\n", "c.toml:2: streaming.max_retries"),
+        ("[streaming]\nmax_answer_bytes = 1\n", "c.toml:2: streaming.max_answer_bytes"),
+        ("[server]\n\nport = 70_000\n", "c.toml:3: server.port"),
+        ('[server]\nlog_format = "xml"\n', "c.toml:2: server.log_format"),
+        ("server = 3\n", "c.toml:1: server"),
+        ('upstream = ["x"]\n', "c.toml:1: upstream[0]"),
+        ('[[upstream]]\nname = "a"\n', "c.toml:1: upstream[0].base_url"),
+        (UPSTREAM + "models = []\n", "c.toml:4: upstream[0].models"),
+        (UPSTREAM + 'stream = "sometimes"\n', "c.toml:4: upstream[0].stream"),
+        (UPSTREAM.replace('"a"', '"a/b"'), "c.toml:2: upstream[0].name"),
+        (UPSTREAM + UPSTREAM.replace('"a"', '"b c"'), "c.toml:5: upstream[1].name"),
+        (UPSTREAM + '[[model]]\nname = "m"\ntargets = []\n', "c.toml:6: model[0].targets"),
+        (UPSTREAM + '[[model]]\nname = "m"\ntargets = ["a/"]\n', "c.toml:6: model[0].targets"),
+        (UPSTREAM + 'api_key_env = "K"\napi_key_file = "/dev/null"\n', "c.toml:1: upstream[0]"),
+        (UPSTREAM + 'api_key_env = "UNSET"\n', "c.toml:1: upstream[0]"),
+        (UPSTREAM + 'api_key_env = "EMPTY"\n', "c.toml:1: upstream[0]"),
+        (UPSTREAM + 'api_key_env = "ODD"\n', "c.toml:1: upstream[0]"),
+        (UPSTREAM + 'api_key_file = "/nowhere/at/all"\n', "c.toml:1: upstream[0]"),
+        (UPSTREAM + 'api_key_file = "/dev/null"\n', "c.toml:1: upstream[0]"),
+        (UPSTREAM + f'api_key = "{SECRET}"\n', "c.toml:4: upstream[0].api_key"),
+        (UPSTREAM + f'api_key_env = "{SECRET}"\n', "c.toml:"),  # the key, where its name belongs
+        (f'[secrets]\na = "{SECRET}"\n', "c.toml:1: secrets"),
+        ("[server\n", "c.toml: is not valid TOML"),
+        (f'key = "{SECRET}\n', "c.toml: is not valid TOML"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_by_its_place_and_without_its_secret(
+    tmp_path: Path, text: str, place: str
+) -> None:
+    found = problems(tmp_path, text, {"K": "k", "EMPTY": " ", "ODD": SECRET + "\u2026"})
+    assert any(problem.startswith(place) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8000",
+        "ftp://x/v1",
+        "https://",
+        "http:///v1",
+        "http://[::1/v1",
+        "http://localhost:port/v1",
+        "http://x:99999",
+    ],
+)
+def test_a_base_url_that_cannot_be_asked_is_told_at_the_start(tmp_path: Path, url: str) -> None:
+    [problem] = problems(tmp_path, f'[[upstream]]\nname = "a"\nbase_url = "{url}"\n')
+    assert problem.startswith("c.toml:3: upstream[0].base_url: must be a URL")
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.toml"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load(path, {})
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load(tmp_path / "bytes.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "expected"),
+    [
+        ("HEADWATER_SERVER__PORT", "9001", "server.port", 9001),
+        ("HEADWATER_STREAMING__HEARTBEAT_INTERVAL_S", "20", "streaming.heartbeat_interval_s", 20),
+        ("HEADWATER_STREAMING__ENABLE_FALLBACK", "false", "streaming.enable_fallback", False),
+        ("HEADWATER_SERVER__CORS_ORIGINS", "https://a, https://b,", "server.cors_origins", ("https://a", "https://b")),
+        ("HEADWATER_SERVER__CORS_ORIGINS", "", "server.cors_origins", ()),
+        ("HEADWATER_STORE__PATH", "/tmp/y.db", "store.path", Path("/tmp/y.db")),
+        ("FORCE_NON_STREAMING", "1", "streaming.force_non_streaming", True),
+        ("FORCE_NON_STREAMING", "true", "streaming.force_non_streaming", True),
+        ("FORCE_NON_STREAMING", "False", "streaming.force_non_streaming", False),
+    ],
+)
+def test_the_environment_overrides_the_file(
+    tmp_path: Path, variable: str, value: str, field: str, expected: Any
+) -> None:
+    text = (
+        '[server]\nport = 1\ncors_origins = ["x"]\n[streaming]\nheartbeat_interval_s = 1\nforce_non_streaming = true\n'
+    )
+    section, name = field.split(".")
+    assert getattr(getattr(loaded(tmp_path, text, {variable: value}), section), name) == expected
+    assert getattr(getattr(load(None, {variable: value}), section), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FORCE_NON_STREAMING", "maybe"),
+        ("HEADWATER_SERVER__PORT", "70000"),
+        ("HEADWATER_SERVER__HOST", "0.0.0.0"),
+        ("HEADWATER_SERVER__NOTHING", "1"),
+        ("HEADWATER_UPSTREAM__NAME", "1"),
+    ],
+)
+def test_a_problem_of_the_environment_names_the_variable(tmp_path: Path, variable: str, value: str) -> None:
+    for found in (problems(tmp_path, "[server]\naccess_log = true\n", {variable: value}),):
+        assert len(found) == 1
+        assert f"environment variable {variable}" in found[0]
+
+
+def test_other_variables_are_none_of_our_business() -> None:
+    environ = {
+        "HEADWATER_ADMIN_KEY": "x",
+        "HEADWATER": "y",
+        "headwater_server__port": "1",
+        "SERVER__PORT": "2",
+        "PATH": "z",
+    }
+    assert load(None, environ) == Settings()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "[::1]", "localhost"])
+def test_this_machine_alone_may_be_listened_to(tmp_path: Path, host: str) -> None:
+    assert is_loopback(host)
+    assert loaded(tmp_path, f'[server]\nhost = "{host}"\n').server.host == host
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "192.168.1.1", "example.com", "10.0.0.1", "localhost.example.com"]
+)
+def test_an_address_that_others_can_reach_is_refused(tmp_path: Path, host: str) -> None:
+    """Callers are not authenticated: whoever reaches the port spends the owner's money."""
+    assert not is_loopback(host)
+    [problem] = problems(tmp_path, f'[server]\nport = 1\nhost = "{host}"\n')
+    assert problem.startswith("c.toml:3: server.host: ")
+    with pytest.raises(ConfigError):
+        with_server(Settings(), host=host)
+    assert with_server(Settings(), port=5).server.port == 5
+
+
+def test_no_secret_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(SECRET + "\n")
+    text = f'[[upstream]]\nname = "a"\nbase_url = "http://user:{SECRET}@x/v1"\n'
+    text += f'[[upstream]]\nname = "b"\nbase_url = "http://x/v1"\napi_key_file = "{tmp_path / "key"}"\n'
+    text += '[[upstream]]\nname = "c"\nbase_url = "http://x/v1"\napi_key_env = "KEY"\n'
+    settings = loaded(tmp_path, text, {"KEY": SECRET})
+    assert dict(settings.secrets) == {"b": SECRET, "c": SECRET}
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings)
+
+
+def test_upstreams_from_elsewhere_take_the_place_of_those_in_the_file(tmp_path: Path) -> None:
+    settings = loaded(tmp_path, UPSTREAM + 'api_key_env = "KEY"\n', {"KEY": SECRET})
+    new = UpstreamSettings("b", "http://localhost:1/v1", api_key_env="OTHER")
+    changed = with_upstreams(settings, (new,), {"OTHER": "sk-other"})
+    assert changed.upstream == (new,)
+    assert dict(changed.secrets) == {"b": "sk-other"}
+    assert settings.upstream[0].name == "a"
+    with pytest.raises(ConfigError, match="must be a URL"):
+        with_upstreams(settings, (UpstreamSettings("b", "nonsense"),), {})
+    with pytest.raises(ConfigError, match="OTHER is not set"):
+        with_upstreams(settings, (new,), {})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "model", "does_match"),
+    [
+        ("*", "a/b", True),
+        ("gpt-*", "gpt-4", True),
+        ("gpt-*", "GPT-4", False),
+        ("o?", "o1", True),
+        ("o?", "o10", False),
+        ("a", "ab", False),
+    ],
+)
+def test_a_pattern_is_a_name_with_stars(pattern: str, model: str, does_match: bool) -> None:
+    assert matches(pattern, model) is does_match
+
+
+def test_a_url_is_shown_without_what_is_secret_in_it() -> None:
+    assert redact_url(f"https://user:{SECRET}@x.example:8000/v1?key={SECRET}#{SECRET}") == "https://x.example:8000/v1"
