@@ -1,0 +1,191 @@
+"""The command: `headwater serve`, `check`, `probe`.
+
+Exit codes: 0 done, 1 the command ran and what it found is bad, 2 the settings or the arguments cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import uvloop
+
+from proxy import __version__
+from proxy.chat import Outcome
+from proxy.errors import ConfigError, ProxyError
+from proxy.probe import Finding, probe, targets
+from proxy.server.app import parts, serving
+from proxy.server.notify import keep_watchdog_quiet, notify
+from proxy.settings import Settings, UpstreamSettings, load, redact_url, with_server, with_upstreams
+from proxy.upstream import demo
+from proxy.upstream.discovery import from_url, in_environment, on_this_machine
+
+_DEFAULT_CONFIG = Path("config/headwater.toml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("proxy").setLevel(logging.INFO)
+    try:
+        settings = _settings(options)
+        match options.command:
+            case "check":
+                return _check(options, settings)
+            case "probe":
+                return _run(_probe(options, settings))
+            case _:
+                return _run(_serve(options, settings))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"headwater: {problem}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headwater", description="A streaming reverse proxy for LLM APIs.")
+    parser.add_argument("--version", action="version", version=f"headwater {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument(
+        "--config",
+        type=Path,
+        default=os.environ.get("HEADWATER_CONFIG"),
+        help="the config file (default: $HEADWATER_CONFIG, else config/headwater.toml where there is one)",
+    )
+    config.add_argument("--upstream", metavar="URL", help="the only upstream, instead of those in the config file")
+    serve = commands.add_parser("serve", parents=[config], help="run the proxy")
+    serve.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="the port to listen on (default: 8100; 0: any free one)")
+    commands.add_parser("check", parents=[config], help="report every problem in the settings, and start nothing")
+    probing = commands.add_parser("probe", parents=[config], help="find out which models really stream")
+    probing.add_argument("models", nargs="*", metavar="MODEL", help="names to probe (default: all that are known)")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    path = Path(options.config) if options.config else _DEFAULT_CONFIG if _DEFAULT_CONFIG.exists() else None
+    settings = load(path, os.environ)
+    if options.upstream:
+        settings = with_upstreams(settings, (from_url(options.upstream, os.environ),), os.environ)
+    if options.command == "serve":
+        changes = {name: getattr(options, name) for name in ("host", "port") if getattr(options, name) is not None}
+        if not 0 <= changes.get("port", 0) <= 65_535:
+            raise ConfigError(["--port: must be between 0 and 65535"])
+        settings = with_server(settings, **changes)
+    return settings
+
+
+def _run(work: object) -> int:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)  # type: ignore[arg-type]
+
+
+def _check(options: argparse.Namespace, settings: Settings) -> int:
+    print("headwater: the settings are good")
+    for upstream in settings.upstream:
+        print(f"  upstream {_describe(upstream, settings)}")
+    for model in settings.model:
+        print(f"  model {model.name} -> {', '.join(model.targets)}")
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _with_upstreams(settings: Settings) -> AsyncIterator[tuple[Settings, str]]:
+    """The settings with at least one upstream, and where those came from."""
+    if settings.upstream:
+        yield settings, "configured"
+    elif found := in_environment(os.environ):
+        yield with_upstreams(settings, found, os.environ), "found by its API key in the environment"
+    elif found := await on_this_machine(settings.server.port):
+        yield with_upstreams(settings, found, os.environ), "found on this machine"
+    else:
+        async with demo.running() as upstream:
+            yield with_upstreams(settings, (upstream,), os.environ), "nothing else was found, so this demo was started"
+
+
+async def _serve(options: argparse.Namespace, settings: Settings) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_or_leave, stop)
+    async with _with_upstreams(settings) as (complete, origin):
+        async with serving(complete, sys.stdout) as port:
+            _greet(complete, port, origin)
+            _settle_memory()
+            notify("READY=1")
+            watchdog = loop.create_task(keep_watchdog_quiet(), name="watchdog")
+            await stop.wait()
+            notify("STOPPING=1")
+            print("headwater stops: running answers may finish", flush=True)
+        watchdog.cancel()
+    return 0
+
+
+def _settle_memory() -> None:
+    """What was loaded for good need not be looked through for garbage again and again: a tenth of a small request's CPU."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def _stop_or_leave(stop: asyncio.Event) -> None:
+    """The first signal stops in good order, the second one at once."""
+    if stop.is_set():
+        os._exit(1)
+    stop.set()
+
+
+def _greet(settings: Settings, port: int, origin: str) -> None:
+    host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
+    base = f"http://{host}:{port}/v1"
+    model = "demo-stream" if settings.upstream[0].name == "demo" else "MODEL"
+    if settings.model:
+        model = settings.model[0].name
+    body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    lines = [f"headwater listening on {base}"]
+    lines += [f"  upstream {_describe(upstream, settings)} ({origin})" for upstream in settings.upstream]
+    lines.append(f"try:  curl -N {base}/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    print("\n".join(lines), flush=True)
+
+
+def _describe(upstream: UpstreamSettings, settings: Settings) -> str:
+    key = "" if upstream.name in settings.secrets else ", no API key"
+    return f"{upstream.name}: {redact_url(upstream.base_url)}, models {', '.join(upstream.models)}{key}"
+
+
+async def _probe(options: argparse.Namespace, settings: Settings) -> int:
+    outcomes: dict[str, Outcome] = {}
+
+    def keep(outcome: Outcome) -> None:
+        outcomes[outcome.call_id] = outcome
+
+    async with _with_upstreams(settings) as (complete, _), parts(complete, keep) as made:
+        try:
+            wanted = await targets(made, options.models)
+        except ProxyError as error:
+            raise ConfigError([error.message]) from None
+        print(_row(Finding("MODEL", "STREAMS", "EVIDENCE", "FIRST TOKEN ms", "AGE s")))
+        found = []
+        async for finding in probe(made, wanted, outcomes):
+            print(_row(finding), flush=True)
+            found.append(finding)
+    return 0 if any(finding.streams != "unknown" for finding in found) else 1
+
+
+def _row(finding: Finding) -> str:
+    evidence = " ".join(finding.evidence.split())
+    return f"{finding.target:40} {finding.streams:8} {finding.first_token_ms:>14} {finding.age_s:>6}  {evidence}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

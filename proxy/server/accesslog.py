@@ -1,0 +1,116 @@
+"""The access log: one line for each call, when it is over.
+
+Lines are gathered for a twentieth of a second and written by a thread, so that neither a slow terminal nor a full
+pipe can hold up the calls. When the reader of the log is so slow that 10,000 lines wait, further ones are dropped, and
+a line says how many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Literal, TextIO
+
+from proxy.chat import Outcome
+from proxy.wire.encoding import dumps
+
+_GATHER_S = 0.05
+_MAX_WAITING = 10_000
+
+
+class AccessLog:
+    """Writes Outcomes to `out` as text or JSON lines. To be made on the event loop; `close` writes what waits."""
+
+    def __init__(self, out: TextIO, log_format: Literal["text", "json"]) -> None:
+        self._out = out
+        self._line: Callable[[Outcome], str] = _json_line if log_format == "json" else _text_line
+        self._waiting: list[Outcome] = []
+        self._dropped = 0
+        self._is_writing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="access-log")
+
+    def report(self, outcome: Outcome) -> None:
+        if len(self._waiting) >= _MAX_WAITING:
+            self._dropped += 1
+            return
+        self._waiting.append(outcome)
+        if not self._is_writing:
+            self._is_writing = True
+            self._timer = asyncio.get_running_loop().call_later(_GATHER_S, self._start_writing)
+
+    def _start_writing(self) -> None:
+        lines, self._waiting = self._waiting, []
+        dropped, self._dropped = self._dropped, 0
+        writing = asyncio.get_running_loop().run_in_executor(self._thread, self._write, lines, dropped)
+        writing.add_done_callback(self._written)
+
+    def _written(self, writing: asyncio.Future[None]) -> None:
+        writing.exception()  # A log that cannot be written is nobody's failed call.
+        self._is_writing = False
+        if self._waiting:
+            self._is_writing = True
+            self._start_writing()
+
+    def _write(self, outcomes: list[Outcome], dropped: int) -> None:
+        lines = [self._line(outcome) for outcome in outcomes]
+        if dropped:
+            lines.append(f"{_now()} {dropped} lines of the access log were dropped: its reader is too slow\n")
+        self._out.write("".join(lines))
+        self._out.flush()
+
+    async def close(self) -> None:
+        """Write what waits. Nothing may be reported afterwards."""
+        if self._timer is not None:
+            self._timer.cancel()
+        lines, self._waiting = self._waiting, []
+        if lines:
+            with suppress(OSError, ValueError):
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, lines, self._dropped)
+        self._thread.shutdown(wait=False)
+
+
+def _now() -> str:
+    now = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+
+
+def _text_line(outcome: Outcome) -> str:
+    ttft = f"{outcome.ttft_s * 1000:.0f}" if outcome.ttft_s is not None else "-"
+    usage = outcome.usage
+    tokens = f"{'~' if usage.estimated else ''}{usage.prompt}+{usage.completion}" if usage is not None else "-"
+    error = f" error={_quoted(outcome.error)}" if outcome.error else ""
+    return (
+        f"{_now()} call {outcome.call_id} model={_quoted(outcome.model)} target={_quoted(str(outcome.target or '-'))} "
+        f"mode={outcome.mode} status={outcome.status} http={outcome.http_status} attempts={outcome.attempts} "
+        f"ttft_ms={ttft} duration_ms={outcome.duration_s * 1000:.0f} tokens={tokens}{error}\n"
+    )
+
+
+def _quoted(name: str) -> str:
+    """A name that a client chose, so that it cannot forge a line or a field."""
+    return name if name.isascii() and name.isprintable() and " " not in name and name else ascii(name)
+
+
+def _json_line(outcome: Outcome) -> str:
+    usage = outcome.usage
+    line = {
+        "time": _now(),
+        "id": outcome.call_id,
+        "model": outcome.model,
+        "target": str(outcome.target) if outcome.target is not None else None,
+        "mode": outcome.mode,
+        "status": outcome.status,
+        "http_status": outcome.http_status,
+        "attempts": outcome.attempts,
+        "ttft_ms": round(outcome.ttft_s * 1000, 1) if outcome.ttft_s is not None else None,
+        "duration_ms": round(outcome.duration_s * 1000, 1),
+        "prompt_tokens": usage.prompt if usage is not None else None,
+        "completion_tokens": usage.completion if usage is not None else None,
+        "estimated": usage.estimated if usage is not None else None,
+        "error": outcome.error,
+    }
+    return dumps(line).decode() + "\n"

@@ -1,0 +1,60 @@
+"""The operator's face: what is known of the targets, and the probes of a service manager."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from aiohttp import web
+
+from proxy.errors import ClientError
+from proxy.policy.capabilities import Capability, Key
+from proxy.server.downstream import json_response
+from proxy.server.state import STATE
+
+
+async def health(request: web.Request) -> web.StreamResponse:
+    """GET /health: the process answers."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    """GET /ready: new calls are taken; 503 as soon as the proxy is told to stop."""
+    state = request.app[STATE]
+    body = {"status": "draining" if state.is_draining else "ready", "in_flight": state.pipeline.in_flight}
+    return json_response(body, 503 if state.is_draining else 200)
+
+
+async def list_capabilities(request: web.Request) -> web.StreamResponse:
+    """GET /admin/capabilities: every fact, with its evidence and its age in seconds."""
+    state = request.app[STATE]
+    now, ttl_s = time.time(), state.settings.streaming.detection_cache_s
+    entries = [_entry(key, capability, now, ttl_s) for key, capability in state.capabilities.all()]
+    return json_response({"object": "list", "data": entries})
+
+
+async def forget_capability(request: web.Request) -> web.StreamResponse:
+    """DELETE /admin/capabilities/{upstream}/{model}: forget what is known, for every credential."""
+    state = request.app[STATE]
+    upstream, model = request.match_info["upstream"], request.match_info["model"]
+    keys = [key for key, _ in state.capabilities.all() if (key.upstream, key.model) == (upstream, model)]
+    if not keys:
+        raise ClientError(404, "not_found", f"Nothing is known of '{upstream}/{model}'.")
+    for key in keys:
+        state.capabilities.forget(key)
+    return json_response({"deleted": True, "upstream": upstream, "model": model})
+
+
+def _entry(key: Key, capability: Capability, now: float, ttl_s: float) -> dict[str, Any]:
+    return {
+        **key._asdict(),
+        "facts": {
+            topic.value: {
+                "value": fact.value,
+                "evidence": fact.evidence,
+                "age_s": round(now - fact.learned_at, 1),
+                "is_fresh": fact.is_fresh(now, ttl_s),
+            }
+            for topic, fact in capability.facts.items()
+        },
+    }

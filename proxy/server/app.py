@@ -1,0 +1,129 @@
+"""All wiring: which parts there are, in which order they start and stop, and which route leads where."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TextIO
+
+from aiohttp import web
+
+from proxy.chat import Outcome
+from proxy.encoders import Encoders
+from proxy.errors import ConfigError
+from proxy.pipeline import Pipeline
+from proxy.policy.routing import Routes
+from proxy.server import admin, openai
+from proxy.server.accesslog import AccessLog
+from proxy.server.middleware import around, before_head
+from proxy.server.state import STATE, State
+from proxy.settings import Settings
+from proxy.store import db
+from proxy.store.capabilities import CapabilityStore
+from proxy.tasks import Tasks
+from proxy.upstream.listing import Listing
+from proxy.upstream.session import UpstreamSession
+
+_REFRESH_EVERY_S = 5.0
+_LAST_WORDS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a call needs, without a server around it."""
+
+    pipeline: Pipeline
+    capabilities: CapabilityStore
+    listing: Listing
+    tasks: Tasks
+
+
+@asynccontextmanager
+async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncIterator[Parts]:
+    """Open everything that calls need, and close it again. ConfigError when the database cannot be used."""
+    tasks = Tasks()
+    connection = await db.connect(settings.store.path)
+    try:
+        capabilities = await CapabilityStore.open(connection, tasks)
+        session = UpstreamSession(settings)
+        encoders = Encoders(settings.store.path.parent / "tiktoken")
+        try:
+            routes = Routes(settings)
+            pipeline = Pipeline(settings, routes, session, capabilities, encoders, tasks, report)
+            yield Parts(pipeline, capabilities, Listing(session, routes), tasks)
+        finally:
+            pipeline.stop()
+            await pipeline.drained(_LAST_WORDS_S)
+            await capabilities.close()
+            await tasks.close()
+            await session.close()
+            encoders.close()
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[int]:
+    """A listening proxy; the value is its port. On leaving, it refuses new calls, lets running ones end, and closes.
+
+    ConfigError when the address cannot be listened on or the database cannot be used.
+    """
+    server = settings.server
+    access_log = AccessLog(access_log_out, server.log_format)
+    report = access_log.report if server.access_log else _ignore
+    try:
+        async with parts(settings, report) as made:
+            loop = asyncio.get_running_loop()
+            state = State(settings, made.pipeline, made.capabilities, made.listing, report, loop.time)
+            runner = web.AppRunner(
+                make_app(state), handler_cancellation=True, access_log=None, shutdown_timeout=_LAST_WORDS_S
+            )
+            await runner.setup()
+            try:
+                try:
+                    await web.TCPSite(runner, server.host, server.port, backlog=1024).start()
+                except OSError as error:
+                    words = f"server.port: {server.host}:{server.port} cannot be listened on: {error.strerror}"
+                    raise ConfigError([words]) from None
+                made.tasks.spawn(_keep_fresh(made.capabilities), "refresh capabilities")
+                made.tasks.spawn(made.listing.refresh(), "list models")
+                yield int(runner.addresses[0][1])
+                state.is_draining = True
+                await made.pipeline.drained(server.drain_s)
+                made.pipeline.stop()
+            finally:
+                await runner.cleanup()
+    finally:
+        await access_log.close()
+
+
+def make_app(state: State) -> web.Application:
+    """The routes."""
+    app = web.Application(middlewares=[around], client_max_size=int(state.settings.server.max_body_mb * 1024 * 1024))
+    app[STATE] = state
+    app.on_response_prepare.append(before_head)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", openai.chat_completions),
+            web.get("/v1/models", openai.list_models),
+            web.get("/v1/models/{model:.+}", openai.get_model),
+            web.get("/health", admin.health),
+            web.get("/ready", admin.ready),
+            web.get("/admin/capabilities", admin.list_capabilities),
+            web.delete("/admin/capabilities/{upstream}/{model:.+}", admin.forget_capability),
+            web.route("*", "/v1/{rest:.+}", openai.pass_on),
+        ]
+    )
+    return app
+
+
+async def _keep_fresh(capabilities: CapabilityStore) -> None:
+    while True:
+        await asyncio.sleep(_REFRESH_EVERY_S)
+        await capabilities.refresh()
+
+
+def _ignore(outcome: Outcome) -> None:
+    """No access log."""

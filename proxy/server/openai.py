@@ -1,0 +1,118 @@
+"""The OpenAI face: chat completions, the list of models, and every other `/v1/*` route relayed unread."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from urllib.parse import unquote
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from proxy.chat import Target
+from proxy.dialects.openai import encode
+from proxy.errors import ClientError, UpstreamError
+from proxy.server.downstream import cut, json_response, send_stream, send_whole
+from proxy.server.middleware import VISIT
+from proxy.server.state import STATE, State
+from proxy.wire.headers import STREAM_HEADERS, downstream_headers, header_value, upstream_headers
+from proxy.wire.requests import parse_chat_request, parse_object, required_model
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions"""
+    state = request.app[STATE]
+    chat = parse_chat_request(await request.read())
+    visit = request[VISIT]
+    log = state.pipeline.start(visit.id, chat, upstream_headers(request.headers.items()))
+    visit.is_call = True
+    with state.pipeline.delivering(), log.reading() as reader:
+        if chat.wants_stream:
+            return await send_stream(request, log, reader, state.settings.streaming.send_timeout_s)
+        return await send_whole(log)
+
+
+async def list_models(request: web.Request) -> web.StreamResponse:
+    """GET /v1/models: what the upstreams list, and the aliases."""
+    models = await request.app[STATE].listing.models()
+    return json_response({"object": "list", "data": models})
+
+
+async def get_model(request: web.Request) -> web.StreamResponse:
+    """GET /v1/models/{model}"""
+    name = request.match_info["model"]
+    for model in await request.app[STATE].listing.models():
+        if model["id"] == name:
+            return json_response(model)
+    raise ClientError(404, "model_not_found", f"The model '{name}' does not exist here.", param="model")
+
+
+async def pass_on(request: web.Request) -> web.StreamResponse:
+    """Any other /v1 route: to the upstream that serves the body's model, or to the first one; both ways unread."""
+    state = request.app[STATE]
+    body = await request.read() if request.can_read_body else None
+    target, body = _target_of(state, request.content_type, request.headers, body)
+    path = request.rel_url.raw_path.removeprefix("/v1")
+    if query := request.rel_url.raw_query_string:
+        path = f"{path}?{query}"
+    if ".." in unquote(request.rel_url.raw_path).replace("\\", "/").split("/"):
+        raise ClientError(404, "not_found", "This path is not served here.")
+    visit = request[VISIT]
+    headers = dict(upstream_headers(request.headers.items()))
+    headers |= {name: value for name in ("Accept", "Content-Type") if (value := request.headers.get(name)) is not None}
+    headers["x-request-id"] = visit.id
+    visit.is_call = True
+    response: web.StreamResponse | None = None
+    try:
+        async with state.pipeline.passing(visit.id, target, request.method, path, body, headers) as reply:
+            down = CIMultiDict(downstream_headers(reply.headers))
+            down["x-headwater-target"] = header_value(str(target))
+            if reply.headers.get("Content-Type", "").startswith("text/event-stream"):
+                down.update(STREAM_HEADERS)
+            response = web.StreamResponse(status=reply.status, headers=down)
+            await response.prepare(request)
+            while data := await reply.read():
+                with reply.awaiting_client():
+                    async with asyncio.timeout(state.settings.streaming.send_timeout_s):
+                        await response.write(data)
+            await response.write_eof()
+    except TimeoutError:
+        cut(request)
+        raise asyncio.CancelledError from None
+    except UpstreamError:
+        if response is None:
+            raise
+        # Behind the status only a broken connection can say that the rest is missing.
+        cut(request)
+    assert response is not None
+    return response
+
+
+def _target_of(
+    state: State, content_type: str, headers: Mapping[str, str], body: bytes | None
+) -> tuple[Target, bytes | None]:
+    """Where a request goes, and its body with the model's name as that upstream knows it."""
+    routes = state.pipeline.routes
+    if body and (content_type.endswith("json") or body.lstrip()[:1] == b"{"):
+        value = parse_object(body)
+        if "model" in value:
+            name = required_model(value)
+            target = routes.resolve(name)[0]
+            return target, body if target.model == name else encode({**value, "model": target.model})
+    elif body and content_type == "multipart/form-data" and (found := _model_field(headers, body)) is not None:
+        name = body[found.start(1) : found.end(1)].decode("utf-8", "replace")
+        target = routes.resolve(name)[0]
+        if target.model != name:
+            body = body[: found.start(1)] + target.model.encode() + body[found.end(1) :]
+        return target, body
+    return Target(routes.default_upstream(), "-"), body
+
+
+def _model_field(headers: Mapping[str, str], body: bytes) -> re.Match[bytes] | None:
+    """The part of a form that names the model (RFC 7578): its value is group 1."""
+    boundary = re.search(r'boundary="?([^";,\s]+)', headers.get("Content-Type", ""))
+    if boundary is None:
+        return None
+    end = rb"\r\n--" + re.escape(boundary.group(1).encode())
+    return re.search(rb'name="?model"?(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)' + end, body)

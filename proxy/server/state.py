@@ -1,0 +1,30 @@
+"""What the faces share: one object, put into the app at start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from proxy.chat import Outcome
+from proxy.pipeline import Pipeline
+from proxy.settings import Settings
+from proxy.store.capabilities import CapabilityStore
+from proxy.upstream.listing import Listing
+
+
+@dataclass(slots=True)
+class State:
+    """One server's parts. `now` is the loop's clock, in seconds."""
+
+    settings: Settings
+    pipeline: Pipeline
+    capabilities: CapabilityStore
+    listing: Listing
+    report: Callable[[Outcome], None]
+    now: Callable[[], float]
+    is_draining: bool = False
+
+
+STATE = web.AppKey("state", State)

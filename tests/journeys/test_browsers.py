@@ -1,0 +1,109 @@
+"""A page in a browser asks: only pages that the operator has named get an answer.
+
+Any page on the web can send requests to a server on the visitor's own machine; the browser says in `Origin` whose
+page it is (https://fetch.spec.whatwg.org/#http-origin).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Proxy, Start
+from tests.fakes.upstream import FakeUpstream, answer, refuse
+
+PAGE = "https://chat.example"
+
+
+@pytest.mark.parametrize("origin", [PAGE, "null", "http://localhost:3000", "https://127.0.0.1", ""])
+async def test_a_page_that_was_not_named_is_refused(upstream: FakeUpstream, proxy: Proxy, origin: str) -> None:
+    async with proxy.chat(headers={"Origin": origin}) as response:
+        assert response.status == 403
+        assert (await response.json())["error"]["code"] == "origin_not_allowed"
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+    assert upstream.requests == []
+    assert (await proxy.ledger.next())["http_status"] == 403
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/admin/capabilities", "/health", "/v1/files"])
+async def test_a_page_that_was_not_named_is_refused_everywhere(proxy: Proxy, path: str) -> None:
+    async with proxy.get(path, headers={"Origin": PAGE}) as response:
+        assert response.status == 403
+
+
+async def test_a_page_of_our_own_is_served(upstream: FakeUpstream, proxy: Proxy) -> None:
+    upstream.plays(answer())
+
+    async with proxy.chat(headers={"Origin": proxy.base.removesuffix("/v1")}) as response:
+        assert response.status == 200
+
+
+async def test_a_page_that_was_named_is_served(upstream: FakeUpstream, start: Start) -> None:
+    proxy = await start(server={"cors_origins": [PAGE, "http://localhost:3000"]})
+    upstream.plays(answer())
+
+    async with proxy.chat(headers={"Origin": PAGE}) as response:
+        assert response.status == 200
+        assert response.headers["Access-Control-Allow-Origin"] == PAGE
+        assert "Origin" in response.headers["Vary"]
+        assert "x-request-id" in response.headers["Access-Control-Expose-Headers"]
+        assert "Access-Control-Allow-Credentials" not in response.headers
+
+    async with proxy.chat(headers={"Origin": "https://evil.example"}) as response:
+        assert response.status == 403
+
+
+async def test_a_named_page_may_read_a_stream_and_an_error(upstream: FakeUpstream, start: Start) -> None:
+    proxy = await start(server={"cors_origins": [PAGE]})
+
+    async with proxy.chat(stream=True, headers={"Origin": PAGE}) as response:
+        assert response.headers["Access-Control-Allow-Origin"] == PAGE
+        await response.read()
+
+    upstream.plays(refuse(429))
+    async with proxy.chat(stream=True, headers={"Origin": PAGE}) as response:
+        assert response.status == 429
+        assert response.headers["Access-Control-Allow-Origin"] == PAGE
+
+    async with proxy.get("/v1/models", headers={"Origin": PAGE}) as response:
+        assert response.headers["Access-Control-Allow-Origin"] == PAGE
+
+
+async def test_a_browser_that_asks_beforehand_is_told(upstream: FakeUpstream, start: Start) -> None:
+    proxy = await start(server={"cors_origins": [PAGE]})
+    asking = {
+        "Origin": PAGE,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+    }
+
+    async with proxy.client.options(proxy.base + "/chat/completions", headers=asking) as response:
+        assert response.status == 204
+        assert response.headers["Access-Control-Allow-Origin"] == PAGE
+        assert "POST" in response.headers["Access-Control-Allow-Methods"]
+        assert "x-stainless-lang" in response.headers["Access-Control-Allow-Headers"]
+        assert await response.read() == b""
+
+    async with proxy.client.options(
+        proxy.base + "/chat/completions", headers={**asking, "Origin": "https://evil.example"}
+    ) as response:
+        assert response.status == 403
+    assert upstream.requests == []
+
+
+async def test_every_page_is_served_where_the_operator_says_so(upstream: FakeUpstream, start: Start) -> None:
+    proxy = await start(server={"cors_origins": ["*"]})
+    upstream.plays(answer())
+
+    for origin in (PAGE, "null"):
+        async with proxy.chat(headers={"Origin": origin}) as response:
+            assert response.status == 200
+            assert response.headers["Access-Control-Allow-Origin"] in (origin, "*")
+
+
+async def test_a_program_that_is_no_browser_needs_no_origin(upstream: FakeUpstream, proxy: Proxy) -> None:
+    upstream.plays(answer())
+
+    async with proxy.chat() as response:
+        assert response.status == 200
+        assert "Access-Control-Allow-Origin" not in response.headers
