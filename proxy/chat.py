@@ -104,6 +104,7 @@ class Status(StrEnum):
     UPSTREAM_ERROR = "upstream_error"
     CANCELLED = "cancelled"  # the client left
     INTERRUPTED = "interrupted"  # the proxy was told to stop
+    REJECTED = "rejected"  # the proxy would not take it now
     INTERNAL_ERROR = "internal_error"  # our own bug
 
 

@@ -409,8 +409,9 @@ class Pipeline:
                 )
         run.mode = Mode.SYNTHESIS
         stream = await self._off_loop(len(body), lambda: b"".join(split(completion)))
-        log.commit()
+        # A stream that is too long to be kept is still a status now.
         log.append(stream)
+        log.commit()
         if request.wants_usage:
             if run.usage is None:
                 run.usage = await self._encoders.estimate(run.model, request.body, completion)

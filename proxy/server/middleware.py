@@ -126,13 +126,16 @@ def _cors(request: web.Request, state: State) -> dict[str, str]:
     }
 
 
+_STATUS = {ClientError: Status.CLIENT_ERROR, OverloadedError: Status.REJECTED}
+
+
 def _refused(call_id: str, error: ProxyError, duration_s: float) -> Outcome:
     return Outcome(
         call_id=call_id,
         model="",
         target=None,
         mode=Mode.NONE,
-        status=Status.INTERNAL_ERROR if error.status == 500 else Status.CLIENT_ERROR,
+        status=_STATUS.get(type(error), Status.INTERNAL_ERROR),
         http_status=error.status,
         attempts=0,
         ttft_s=None,

@@ -24,9 +24,18 @@ _TEXT_MEMBERS = ("reasoning_content", "reasoning", "content", "refusal")
 _ENVELOPE = ("id", "object", "created", "model")
 
 
+# Each piece becomes an event of about 150 bytes: a text of millions of words is told in as many words a piece as it
+# takes to stay below this number.
+_MAX_PIECES = 20_000
+
+
 def pieces(text: str) -> list[str]:
-    """The text in token-like pieces, which join to the text again."""
-    return list(_PIECE.findall(text))
+    """The text in token-like pieces, which join to the text again; at most 20,000 of them."""
+    found: list[str] = _PIECE.findall(text)
+    together = -(-len(found) // _MAX_PIECES)
+    if together <= 1:
+        return found
+    return ["".join(found[start : start + together]) for start in range(0, len(found), together)]
 
 
 def split(completion: dict[str, Any]) -> Iterator[bytes]:

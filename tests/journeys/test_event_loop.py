@@ -96,9 +96,12 @@ async def test_making_a_stream_of_a_body_of_a_megabyte(upstream: FakeUpstream, p
     assert (await proxy.ledger.next())["mode"] == "synthesis"
 
 
-async def test_making_a_stream_of_a_body_of_five_megabytes(upstream: FakeUpstream, proxy: Proxy) -> None:
-    """As an answer with a picture in it has: one long word of base64."""
-    upstream.plays(Prepared(json.dumps(_completion(_TEXTS["one long word"] * (5 * 2**20 // 44))).encode()))
+@pytest.mark.parametrize("words", ["words", "one long word"])
+async def test_making_a_stream_of_a_body_of_five_megabytes(upstream: FakeUpstream, proxy: Proxy, words: str) -> None:
+    """As an answer with a picture in it has, in base64. What is far below `max_answer_bytes` as a body must not be above
+    it as a stream, for the sake of the envelope around each word."""
+    piece = _TEXTS[words]
+    upstream.plays(Prepared(json.dumps(_completion(piece * (5 * 2**20 // len(piece)))).encode()))
     async with never_held():
         size, last = await _read(proxy)
     assert last.endswith(DONE), last[-200:]
