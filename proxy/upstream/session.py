@@ -1,7 +1,7 @@
 """The way out: sends requests to upstreams, delivers their answers, and maps what goes wrong to our errors.
 
-Every wait for an upstream is a wait under the call's Watch. A `Reply` owns its connection and must be left by
-`close` (or `async with`): at the end of its body the connection waits for the next request, anywhere else it is cut,
+Every wait for an upstream is a wait under the call's Watch. A `Reply` owns its connection for as long as its `async with`
+block lasts: at the end of its body the connection waits for the next request, anywhere else it is cut,
 so that the upstream sees at once that nobody listens.
 """
 
@@ -38,7 +38,6 @@ class Upstream:
     name: str
     origin: Origin
     base_path: str
-    models: tuple[str, ...]
     stream: Literal["auto", "always", "never"]
     head: bytes = field(repr=False)
     """The headers that are the same for every request, credentials included."""
@@ -68,7 +67,6 @@ def ready(settings: UpstreamSettings, secret: str | None) -> Upstream:
         name=settings.name,
         origin=Origin(host, url.port or (443 if is_tls else 80), is_tls),
         base_path=url.path.rstrip("/"),
-        models=settings.models,
         stream=settings.stream,
         head="".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(),
         secrets=secrets,
