@@ -8,7 +8,7 @@ COMPILE := $(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint types floors bench demo-llm lock clean
+.PHONY: help setup run test fuzz lint types floors bench profile demo-llm lock clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ run: $(VENV)/.run  ## install what is needed and start the proxy on 127.0.0.1:81
 test: setup lint types floors  ## every test, and lint, types and floors before them
 	$(BIN)/python -m pytest -q -n 2
 
+fuzz: setup  ## the property tests alone, on twenty times as many examples
+	$(BIN)/python -m pytest -q -n 2 -m hypothesis --hypothesis-profile=deep
+
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,8 +45,11 @@ types: setup  ## mypy, strict
 floors: setup  ## import-linter: a module imports only from the floors below its own
 	$(BIN)/lint-imports --no-logo
 
-bench: setup  ## the price of a chunk and a request, beside a plain relay and nginx (5 minutes)
+bench: setup  ## the price of a chunk and a request, beside a plain relay and nginx (6 minutes)
 	$(BIN)/python scripts/bench/run.py
+
+profile: setup  ## where the microseconds of a request and of a chunk go, by part of the code (1 minute)
+	$(BIN)/python scripts/bench/budget.py
 
 demo-llm: $(VENV)/.run  ## the proxy before a real LLM on this machine (llama.cpp, downloads 130 MB once)
 	HEADWATER=$(BIN)/headwater bash scripts/demo-llm.sh
