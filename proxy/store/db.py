@@ -6,6 +6,7 @@ elsewhere (the command line, a backup) does not stop the writer, and a kill -9 l
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from pathlib import Path
 
@@ -24,7 +25,9 @@ async def connect(path: Path) -> aiosqlite.Connection:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = await aiosqlite.connect(path, isolation_level=None)
+        # Opened here, for when opening fails aiosqlite leaves a thread behind that speaks to the loop after its end.
+        opened = await asyncio.to_thread(sqlite3.connect, path, isolation_level=None, check_same_thread=False)
+        connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
     except (OSError, sqlite3.Error) as error:
         raise ConfigError([f"store.path: {path} cannot be opened: {error}"]) from None
     try:
