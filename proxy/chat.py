@@ -6,9 +6,34 @@ Each is frozen. A call's knowledge grows from one to the next and never flows ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+
+class Parsed:
+    """What a JSON object says, for as long as somebody needs it.
+
+    A long prompt's value takes several times the memory of its bytes, and a stream lasts long. So it can be forgotten
+    meanwhile; `read` makes it again from the bytes when it is asked for.
+    """
+
+    __slots__ = ("_raw", "_read", "_value")
+
+    def __init__(self, raw: bytes, value: dict[str, Any], read: Callable[[bytes], dict[str, Any]]) -> None:
+        self._raw = raw
+        self._read = read
+        self._value: dict[str, Any] | None = value
+
+    @property
+    def value(self) -> dict[str, Any]:
+        if self._value is None:
+            self._value = self._read(self._raw)
+        return self._value
+
+    def forget(self) -> None:
+        self._value = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +44,16 @@ class ChatRequest:
     """
 
     raw: bytes
-    body: dict[str, Any]
+    parsed: Parsed
     model: str
     wants_stream: bool
     wants_usage: bool
+    wants_running_usage: bool
     choices: int
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return self.parsed.value
 
 
 @dataclass(frozen=True, slots=True)

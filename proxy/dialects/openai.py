@@ -20,21 +20,31 @@ CHAT_PATH = "/chat/completions"
 _SHOWN_CHARACTERS = 300
 
 
+_USAGE_MEMBER = b'{"stream_options":{"include_usage":true},'
+
+
 def chat_body(request: ChatRequest, model: str, ask: Ask) -> bytes:
     """The body for the upstream: the very bytes that came in, where nothing has to change.
 
     ClientError 400 when the body must be written anew and is nested deeper than can be written.
     """
+    is_renamed = model != request.model
+    adds_usage = ask.stream and ask.usage and not request.wants_usage
+    if not is_renamed and not adds_usage and ask.stream == request.wants_stream and ask.usage == request.wants_usage:
+        return request.raw
     body = request.body
+    if adds_usage and not is_renamed and "stream_options" not in body:
+        # The one change that most streams need. A valid object with a model has a brace first, and a member behind it.
+        return request.raw.replace(b"{", _USAGE_MEMBER, 1)
     changes: dict[str, Any] = {}
     dropped: set[str] = set()
-    if model != request.model:
+    if is_renamed:
         changes["model"] = model
     if not ask.stream:
         # An upstream that refuses streaming may refuse the very word: it is left out, not set to false.
         if request.wants_stream:
             dropped |= {"stream", "stream_options"}
-    elif ask.usage and not request.wants_usage:
+    elif adds_usage:
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     elif not ask.usage and "stream_options" in body:
         dropped.add("stream_options")

@@ -63,6 +63,9 @@ class Capability:
         return Capability({**self.facts, topic: fact})
 
 
+_WHOLE = Ask(stream=False, usage=False, may_fall_back=False)
+
+
 def plan(
     capability: Capability,
     *,
@@ -75,13 +78,13 @@ def plan(
 ) -> Ask:
     """How to ask, for a client that wants a stream or not. `setting` is the upstream's `stream`."""
     if not wants_stream or force_non_streaming or setting == "never":
-        return Ask(stream=False, usage=False, may_fall_back=False)
+        return _WHOLE
     usage = capability.known(Topic.STREAM_OPTIONS, now, ttl_s) is not False
     if setting == "always":
         return Ask(stream=True, usage=usage, may_fall_back=False)
     streams = capability.known(Topic.STREAMS, now, ttl_s)
     if streams is False and enable_fallback:
-        return Ask(stream=False, usage=False, may_fall_back=False)
+        return _WHOLE
     # A fact that has expired as "yes" is still the best guess, so nobody need wait for it to be confirmed.
     was_known_to_stream = Topic.STREAMS in capability.facts and capability.facts[Topic.STREAMS].value
     return Ask(stream=True, usage=usage, may_fall_back=enable_fallback, is_probe=not was_known_to_stream)

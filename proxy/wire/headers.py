@@ -7,7 +7,9 @@ itself. Toward the client: what describes the upstream's framing or coding, whic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from urllib.parse import quote
 
 HOP_BY_HOP = frozenset(
@@ -42,6 +44,8 @@ _SET_BY_US = frozenset(
 
 _NEVER_UP = HOP_BY_HOP | _CREDENTIALS | _SET_BY_US | {"origin", "referer", "forwarded", "via", "x-real-ip"}
 
+_NEVER_UP_PREFIXES = ("x-forwarded-", "x-headwater-", "sec-", "cf-", "accept-", "if-")
+
 _NEVER_DOWN = HOP_BY_HOP | {
     "content-length",
     "content-encoding",
@@ -51,6 +55,8 @@ _NEVER_DOWN = HOP_BY_HOP | {
     "alt-svc",
     "x-request-id",
 }
+
+_UNSAFE = re.compile(r"[\r\n\0]").search
 
 _INFORMATIVE = ("x-ratelimit-", "openai-", "anthropic-ratelimit-")
 
@@ -63,19 +69,22 @@ STREAM_HEADERS = {
 }
 
 
-def upstream_headers(headers: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """The client's headers that go on to the upstream: custom and vendor ones (`openai-beta`, `idempotency-key`, …)."""
-    pairs = list(headers)
-    nominated = _nominated(value for name, value in pairs if name.lower() == "connection")
-    kept = []
-    for name, value in pairs:
-        low = name.lower()
-        if low in _NEVER_UP or low in nominated:
-            continue
-        if low.startswith(("x-forwarded-", "x-headwater-", "sec-", "cf-", "accept-", "if-")):
-            continue
-        kept.append((name, value))
-    return tuple(kept)
+def upstream_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The client's headers that go on to the upstream: custom and vendor ones (`openai-beta`, `idempotency-key`, …).
+
+    `headers` finds names in any case, and may hold one several times, as aiohttp's do.
+    """
+    kept = tuple([pair for pair in headers.items() if _goes_up(pair[0])])
+    if kept and "Connection" in headers:
+        nominated = _nominated([value for name, value in headers.items() if name.lower() == "connection"])
+        kept = tuple([pair for pair in kept if pair[0].lower() not in nominated])
+    return kept
+
+
+@lru_cache(maxsize=1024)
+def _goes_up(name: str) -> bool:
+    low = name.lower()
+    return low not in _NEVER_UP and not low.startswith(_NEVER_UP_PREFIXES)
 
 
 def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -92,7 +101,18 @@ def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 def informative_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The upstream's headers that say something about the answer or the account: limits left, processing time."""
-    return {name: value for name, value in headers.items() if name.lower().startswith(_INFORMATIVE)}
+    return {name: value for name, value in headers.items() if _is_informative(name)}
+
+
+@lru_cache(maxsize=1024)
+def _is_informative(name: str) -> bool:
+    return name.lower().startswith(_INFORMATIVE)
+
+
+def header_lines(headers: Mapping[str, str]) -> bytes:
+    """The headers as they stand in a message's head. A value that holds a line end or a NUL is left out."""
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items() if not _UNSAFE(value)]
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def header_value(text: str) -> str:

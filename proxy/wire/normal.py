@@ -7,8 +7,8 @@ usage is there only when asked for, and last. The closing `[DONE]` is not this m
 knows that the answer is whole.
 
 The *fast lane* recognises an event without parsing it. Upstreams send hundreds of events that differ in one string:
-once an event was parsed and found normal, its bytes before and behind that string are its `_Shape`, and any event of
-the same shape is normal too and goes out as the very bytes that came in. Every other event takes the *slow lane*:
+once an event was parsed and found normal, its bytes before and behind that string are a `Lane`, and any event that
+has them is normal too and goes out as the very bytes that came in. Every other event takes the *slow lane*:
 parsed, mended, encoded again (and, if nothing was mended, also passed on as it came).
 
 What is mended, and who sends it so:
@@ -30,81 +30,15 @@ from typing import Any
 
 from proxy.chat import Usage
 from proxy.wire.encoding import dumps, loads
+from proxy.wire.lane import Lane, is_utf8, string_rest
 from proxy.wire.sse import EventSplitter, data_event, parse_event
 
-_MAX_SHAPES = 4
+_MAX_LANES = 4
+_MAX_DONE_BYTES = 32
 # An upstream whose every event differs (a new id each time) is not worth learning from.
 _PATIENCE = 64
 
-# The rest of a JSON string, from behind its opening quote to its closing one (RFC 8259 §7).
-_string_rest = re.compile(
-    rb'[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})[^"\\\x00-\x1f]*+)*+"',
-).match
 _text_member = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)": ?"')
-_VOLATILE = re.compile(rb'"obfuscation": ?"')
-
-
-class _Shape:
-    """What events that differ in one string (and OpenAI's `obfuscation` padding) have in common."""
-
-    __slots__ = ("_between", "_end", "_end_bytes", "_head", "_head_bytes", "_middle", "_tail")
-
-    def __init__(self, head: bytes, tail: bytes) -> None:
-        self._head = head
-        self._head_bytes = len(head)
-        self._end = b'"' + tail + b"\n\n"
-        self._end_bytes = len(self._end)
-        self._between = self._end + head
-        volatile = _VOLATILE.search(tail)
-        rest = _string_rest(tail, volatile.end()) if volatile else None
-        if volatile and rest:
-            self._middle = tail[: volatile.end()]
-            self._tail = tail[rest.end() :]
-        else:
-            self._middle = b""
-            self._tail = tail
-
-    def count(self, block: bytes) -> int:
-        """How many events a block holds, if all of them have this shape and nothing else is in it; otherwise 0.
-
-        The same test as `fits`, for many events at once: what stands between one head and the next end must be the
-        insides of JSON strings, and joined by spaces they are exactly when each of them is.
-        """
-        # One quote cannot both open and close a string.
-        if len(block) < self._head_bytes + self._end_bytes:
-            return 0
-        if not (block.startswith(self._head) and block.endswith(self._end)):
-            return 0
-        texts = block[self._head_bytes : -self._end_bytes].split(self._between)
-        joined = b" ".join(texts) + b'"'
-        rest = _string_rest(joined)
-        if rest is None or rest.end() != len(joined) or not (block.isascii() or _is_utf8(block)):
-            return 0
-        return len(texts)
-
-    def fits(self, event: bytes) -> bool:
-        if not event.startswith(self._head):
-            return False
-        text = _string_rest(event, self._head_bytes)
-        if text is None:
-            return False
-        end = text.end()
-        if self._middle:
-            if not event.startswith(self._middle, end):
-                return False
-            text = _string_rest(event, end + len(self._middle))
-            if text is None:
-                return False
-            end = text.end()
-        return event[end:] == self._tail and (event.isascii() or _is_utf8(event))
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 @dataclass(slots=True)
@@ -142,17 +76,21 @@ class Normalizer:
         "_choices",
         "_created",
         "_expected",
+        "_finished",
         "_id",
+        "_lanes",
         "_learned",
         "_model",
-        "_shapes",
+        "_parsed",
         "_splitter",
         "_usage_chunk",
         "_waiting",
         "error",
-        "events",
         "is_done",
+        "is_ending",
+        "is_finished",
         "is_meaningful",
+        "lane",
         "malformed",
         "usage",
     )
@@ -160,9 +98,12 @@ class Normalizer:
     def __init__(self, expected: Expected, max_event_bytes: int) -> None:
         self._expected = expected
         self._splitter = EventSplitter(max_event_bytes)
-        self._shapes: list[_Shape] = []
+        self._lanes: list[Lane] = []
+        self.lane: Lane | None = None
+        """What a whole read may be checked with, instead of being fed: only where the next byte begins an event."""
         self._learned = 0
         self._choices: dict[int, _ChoiceState] = {}
+        self._finished = 0
         self._waiting: list[dict[str, Any]] = []
         self._id: str | None = None
         self._created: int | None = None
@@ -172,29 +113,35 @@ class Normalizer:
         """What the upstream said last, or most."""
         self.error: dict[str, Any] | None = None
         """The data of an error event: nothing after it is read."""
-        self.events = 0
         self.malformed = 0
+        self._parsed = 0
+        self.is_ending = False
+        """Whether one of `error`, `is_done` and `is_finished` is so."""
         self.is_done = False
+        self.is_finished = False
+        """Whether every choice that is expected, or has begun, has its finish reason."""
         self.is_meaningful = False
         """Whether anything was seen that a reader of the answer would miss: text, reasoning, a call, an end."""
 
     @property
-    def is_finished(self) -> bool:
-        """Whether every choice that is expected, or has begun, has its finish reason."""
-        finished = sum(choice.is_finished for choice in self._choices.values())
-        return finished == len(self._choices) and finished >= self._expected.choices
+    def events(self) -> int:
+        """How many events were read, those that could not be understood not counted."""
+        return self._parsed + sum(lane.events for lane in self._lanes)
 
     @property
     def has_finish(self) -> bool:
         """Whether every choice that has begun has its finish reason; an upstream may give fewer than were asked."""
-        return bool(self._choices) and all(choice.is_finished for choice in self._choices.values())
+        return 0 < self._finished == len(self._choices)
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, in normal form."""
-        is_open = not self.is_done and self.error is None
-        if self._shapes and is_open and self._splitter.is_between_events and (count := self._shapes[0].count(data)):
-            self.events += count
+        if self.lane is not None and self.lane.passes(data):
             return data
+        segment = self._feed_any(data)
+        self.lane = self._lanes[0] if self._lanes and self._splitter.is_between_events else None
+        return segment
+
+    def _feed_any(self, data: bytes) -> bytes:
         events = self._splitter.feed(data)
         out: list[bytes] = []
         is_verbatim = self._splitter.was_exact
@@ -202,9 +149,8 @@ class Normalizer:
             if self.is_done or self.error is not None:
                 is_verbatim = False
                 break
-            for shape in self._shapes:
-                if shape.fits(event):
-                    self.events += 1
+            for lane in self._lanes:
+                if lane.fits(event):
                     out.append(event)
                     break
             else:
@@ -241,50 +187,49 @@ class Normalizer:
 
     def _mend(self, raw: bytes, out: list[bytes]) -> bool:
         """Append to `out` what is to be sent for one event; true when that is the event as it came and nothing else."""
-        kind, data = parse_event(raw)
+        is_one_line = raw.startswith(b"data: ") and b"\n" not in raw
+        kind, data = (b"", raw[6:]) if is_one_line else parse_event(raw)
         if data is None:
             return False
-        if data.strip() == b"[DONE]":
-            self.is_done = True
+        if len(data) < _MAX_DONE_BYTES and data.strip() == b"[DONE]":
+            self.is_done = self.is_ending = True
+            self._forget_lanes(0)
             self._release(out)
             return False
-        is_utf8 = data.isascii() or _is_utf8(data)
-        chunk = _parse_object(data if is_utf8 else data.decode("utf-8", "replace").encode())
+        is_sound = data.isascii() or is_utf8(data)
+        chunk = _parse_object(data if is_sound else data.decode("utf-8", "replace").encode())
         if chunk is None:
             self.malformed += 1
             return False
-        self.events += 1
-        if chunk.get("error") or chunk.get("object") == "error" or (kind == b"error" and "choices" not in chunk):
+        self._parsed += 1
+        kind_of_object = chunk.get("object")
+        if chunk.get("error") or kind_of_object == "error" or (kind == b"error" and "choices" not in chunk):
             self.error = chunk
+            self.is_ending = True
+            self._forget_lanes(0)
             return False
-        has_changed = self._mend_choices(chunk) or not is_utf8
-        usage = chunk.get("usage")
-        if usage is not None and read_usage({"usage": usage}) is None:
-            del chunk["usage"]
-            usage = None
-            has_changed = True
-            if chunk.keys() <= _ENVELOPE and not chunk["choices"]:
+        has_changed = self._mend_choices(chunk) or not is_sound
+        if chunk.get("usage") is not None or "x_groq" in chunk:
+            is_left, has_lost = self._take_usage(chunk)
+            if not is_left:
                 return False
-        is_most = self._note_usage(chunk)
-        if not chunk["choices"]:
-            if usage is not None:
-                if is_most:
-                    self._usage_chunk = chunk
-                return False
-            if self._id is None and not chunk.get("id"):
-                self._waiting.append(chunk)
-                return False
-        elif usage is not None and not self._expected.wants_running_usage:
-            # A null beside the choices is how OpenAI says "later", and stays.
-            del chunk["usage"]
-            if is_most:
-                self._usage_chunk = {**_envelope(chunk), "choices": [], "usage": usage}
-            has_changed = True
-        has_changed = self._needs_filling(chunk) or has_changed
-        chunk = self._fill_in(chunk)
+            has_changed = has_changed or has_lost
+        if self._id is None and not chunk["choices"] and not chunk.get("id"):
+            self._waiting.append(chunk)
+            return False
+        is_known = (
+            kind_of_object == "chat.completion.chunk"
+            and type(chunk.get("created")) is int
+            and self._id == chunk.get("id")
+            and self._model == chunk.get("model")
+            and self._created == chunk["created"]
+        )
+        if not is_known:
+            has_changed = self._needs_filling(chunk) or has_changed
+            self._fill_in(chunk)
         is_next = not self._waiting
         self._release(out)
-        if has_changed or raw != b"data: " + data or b"\n" in data:
+        if has_changed or not is_one_line:
             out.append(b"data: " + dumps(chunk))
             return False
         out.append(raw)
@@ -293,13 +238,14 @@ class Normalizer:
 
     def _release(self, out: list[bytes]) -> None:
         """Send what waited for an id, now that there is one (or there will be none)."""
-        out.extend(b"data: " + dumps(self._fill_in(chunk)) for chunk in self._waiting)
-        self._waiting = []
+        if self._waiting:
+            out.extend(b"data: " + dumps(self._fill_in(chunk)) for chunk in self._waiting)
+            self._waiting = []
 
     def _needs_filling(self, chunk: dict[str, Any]) -> bool:
+        names = (chunk.get("id"), chunk.get("model"))
         return not (
-            chunk.get("id")
-            and chunk.get("model")
+            all(isinstance(name, str) and name for name in names)
             and isinstance(chunk.get("created"), int)
             and chunk.get("object") == "chat.completion.chunk"
         )
@@ -315,6 +261,31 @@ class Normalizer:
         chunk["object"] = "chat.completion.chunk"
         self._id, self._created, self._model = chunk["id"], chunk["created"], chunk["model"]
         return chunk
+
+    def _take_usage(self, chunk: dict[str, Any]) -> tuple[bool, bool]:
+        """Take the usage out of a chunk that has some; whether anything is left to be sent, and whether it has changed."""
+        usage = chunk.get("usage")
+        has_changed = False
+        if usage is not None and read_usage({"usage": usage}) is None:
+            del chunk["usage"]
+            usage = None
+            has_changed = True
+            if chunk.keys() <= _ENVELOPE and not chunk["choices"]:
+                return False, True
+        is_most = self._note_usage(chunk)
+        if usage is None:
+            return True, has_changed
+        if not chunk["choices"]:
+            if is_most:
+                self._usage_chunk = chunk
+            return False, True
+        if not self._expected.wants_running_usage:
+            # A null beside the choices is how OpenAI says "later", and stays.
+            del chunk["usage"]
+            if is_most:
+                self._usage_chunk = {**_envelope(chunk), "choices": [], "usage": usage}
+            has_changed = True
+        return True, has_changed
 
     def _note_usage(self, chunk: dict[str, Any]) -> bool:
         """Remember the chunk's usage if it is the most that was said so far; whether it is."""
@@ -332,17 +303,23 @@ class Normalizer:
         if not isinstance(choices, list):
             chunk["choices"] = []
             return True
-        has_changed = not all(isinstance(choice, dict) for choice in choices)
-        if has_changed:
+        has_changed = False
+        if not all(isinstance(choice, dict) for choice in choices):
             choices = chunk["choices"] = [choice for choice in choices if isinstance(choice, dict)]
+            has_changed = True
         for position, choice in enumerate(choices):
-            if not isinstance(choice.get("index"), int):
-                choice["index"] = position
+            index = choice.get("index")
+            if not isinstance(index, int):
+                choice["index"] = index = position
                 has_changed = True
-            state = self._choices.get(choice["index"])
+            state = self._choices.get(index)
             if state is None:
-                state = self._choices[choice["index"]] = _ChoiceState()
-            has_changed = self._mend_choice(choice, state) or has_changed
+                state = self._choices[index] = _ChoiceState()
+            if self._mend_choice(choice, state):
+                has_changed = True
+        if self._finished:
+            self.is_finished = self._finished == len(self._choices) >= self._expected.choices
+            self.is_ending = self.is_ending or self.is_finished
         return has_changed
 
     def _mend_choice(self, choice: dict[str, Any], state: _ChoiceState) -> bool:
@@ -370,10 +347,13 @@ class Normalizer:
                 has_changed = True
             else:
                 state.is_finished = True
+                self._finished += 1
                 self.is_meaningful = True
-        if not state.has_content and any(value for name, value in delta.items() if name != "role"):
-            state.has_content = True
-            self.is_meaningful = True
+        if not state.has_content:
+            for name, value in delta.items():
+                if value and name != "role":
+                    state.has_content = self.is_meaningful = True
+                    break
         return has_changed
 
     def _mend_tool_calls(self, delta: dict[str, Any], state: _ChoiceState) -> bool:
@@ -412,7 +392,7 @@ class Normalizer:
             index, is_new = state.last_call, False
         if is_new:
             # Where every call says index 0, the shape of the last call's arguments would claim those of this one.
-            self._shapes.clear()
+            self._forget_lanes(0)
             state.call_ids[str(call_id)] = index
             state.call_names[index] = name or ""
             if not call.get("type"):
@@ -440,17 +420,21 @@ class Normalizer:
         state.last_call = index
         return has_changed
 
+    def _forget_lanes(self, kept: int) -> None:
+        self._parsed += sum(lane.events for lane in self._lanes[kept:])
+        del self._lanes[kept:]
+
     def _learn(self, raw: bytes, chunk: dict[str, Any]) -> None:
         """Remember the shape of an event that was normal as it came and said nothing but more text."""
         is_hopeless = self._learned > _PATIENCE and self._learned * 2 > self.events
         if not self.is_meaningful or is_hopeless or not _is_plain(chunk):
             return
         for member in _text_member.finditer(raw):
-            rest = _string_rest(raw, member.end())
+            rest = string_rest(raw, member.end())
             if rest is not None and rest.end() > member.end() + 1:
                 self._learned += 1
-                self._shapes.insert(0, _Shape(raw[: member.end()], raw[rest.end() :]))
-                del self._shapes[_MAX_SHAPES:]
+                self._lanes.insert(0, Lane(raw[: member.end()], raw[rest.end() :]))
+                self._forget_lanes(_MAX_LANES)
                 return
 
 

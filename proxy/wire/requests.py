@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxy.chat import ChatRequest
+from proxy.chat import ChatRequest, Parsed
 from proxy.errors import ClientError
 from proxy.wire.encoding import loads
 
@@ -59,10 +59,11 @@ def parse_chat_request(raw: bytes) -> ChatRequest:
         raise _wrong("n", f"must be between 1 and {MAX_CHOICES}", "invalid_value")
     return ChatRequest(
         raw=raw,
-        body=body,
+        parsed=Parsed(raw, body, loads),
         model=model,
         wants_stream=bool(stream),
         wants_usage=bool(options and options.get("include_usage")),
+        wants_running_usage=bool(options and options.get("continuous_usage_stats")),
         choices=choices,
     )
 

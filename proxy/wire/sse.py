@@ -36,10 +36,19 @@ class EventSplitter:
     by `max_event_bytes` of one unfinished event; past it EventTooLarge is raised and the splitter is of no more use.
 
     `was_exact` says of the last `feed` that its input was precisely the events it returned, each with LF LF behind
-    it: then the caller may pass the input on instead of joining the events again.
+    it: then the caller may pass the input on instead of joining the events again. `is_between_events` says that the
+    next byte begins an event: nothing is carried over.
     """
 
-    __slots__ = ("_at_start", "_carry", "_carry_bytes", "_max_event_bytes", "_skip_lf", "was_exact")
+    __slots__ = (
+        "_at_start",
+        "_carry",
+        "_carry_bytes",
+        "_max_event_bytes",
+        "_skip_lf",
+        "is_between_events",
+        "was_exact",
+    )
 
     def __init__(self, max_event_bytes: int) -> None:
         self._carry: list[bytes] = []
@@ -47,12 +56,8 @@ class EventSplitter:
         self._max_event_bytes = max_event_bytes
         self._skip_lf = False
         self._at_start = True
+        self.is_between_events = False
         self.was_exact = False
-
-    @property
-    def is_between_events(self) -> bool:
-        """Whether the next byte begins an event: nothing is carried over."""
-        return not (self._carry or self._skip_lf or self._at_start)
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that end within `data`, oldest first; often none."""
@@ -60,7 +65,9 @@ class EventSplitter:
             self.was_exact = True
             return data[:-2].split(b"\n\n")
         self.was_exact = False
-        return self._feed_any(data)
+        events = self._feed_any(data)
+        self.is_between_events = not (self._carry or self._skip_lf or self._at_start)
+        return events
 
     def _feed_any(self, data: bytes) -> list[bytes]:
         if self._skip_lf and data:

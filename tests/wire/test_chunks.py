@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import regex
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.wire.chunks import assemble, fill_in, pieces, split
 from proxy.wire.normal import Expected, Normalizer
+from tests.conftest import examples
 
 FILL: dict[str, Any] = {"fallback_id": "chatcmpl-ours", "created": 1111, "model": "asked-for"}
 ORDER = ["role", "reasoning_content", "reasoning", "content", "refusal", "tool_calls", "finish_reason"]
@@ -92,7 +93,7 @@ def what(choice: dict[str, Any]) -> str:
 
 
 @given(COMPLETIONS)
-@settings(max_examples=250, deadline=None)
+@examples(250)
 def test_a_completion_survives_being_split_and_put_together(completion: dict[str, Any]) -> None:
     """https://github.com/diegosouzapw/OmniRoute/issues/3112, https://github.com/BerriAI/litellm/issues/21090"""
     before = copy.deepcopy(completion)
@@ -110,7 +111,7 @@ def test_a_completion_survives_being_split_and_put_together(completion: dict[str
 
 
 @given(COMPLETIONS)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_each_member_is_said_once_and_in_the_order_that_all_clients_read(completion: dict[str, Any]) -> None:
     filled = fill_in(completion, **FILL)
     chunks = chunks_of(list(split(filled)))
@@ -136,14 +137,14 @@ def test_each_member_is_said_once_and_in_the_order_that_all_clients_read(complet
 
 
 @given(COMPLETIONS)
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_what_is_made_of_a_completion_is_in_normal_form_already(completion: dict[str, Any]) -> None:
     stream = b"".join(split(fill_in(completion, **FILL)))
     assert Normalizer(Expected("x", 1, "x"), 1 << 20).feed(stream) == stream
 
 
 @given(TEXT)
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @example("🇩🇪🇫🇷🇮🇹" * 9)
 @example("👩‍👩‍👧‍👦" * 40)
 @example("Straße e\u0301 \u0301 \r\n \u200d👩 \u0600 x")
@@ -312,7 +313,7 @@ ODD = st.recursive(
         {"choices": st.lists(st.fixed_dictionaries({"message": ODD, "new": ODD}), max_size=2), "new": ODD}
     )
 )
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @example({"choices": [{"message": {"tool_calls": "x"}}]})
 @example({"choices": [{"message": {"tool_calls": 3}}]})
 @example({"choices": [{"message": {"tool_calls": [None]}}]})

@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.wire.encoding import BOM, dumps, loads
+from tests.conftest import examples
 
 REPLACED = "\ufffd"
 
@@ -88,7 +89,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_every_value_survives_in_either_spelling(value: Any) -> None:
     assert loads(dumps(value)) == value
     assert b"\n" not in dumps(value)

@@ -8,13 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.chat import Usage
 from proxy.wire.chunks import assemble
 from proxy.wire.normal import Expected, Normalizer, read_usage
 from proxy.wire.sse import EventTooLarge
+from tests.conftest import examples
 
 EXPECTED = Expected(fallback_id="chatcmpl-ours", created=1111, model="asked-for")
 ENVELOPE: dict[str, Any] = {"id": "c1", "object": "chat.completion.chunk", "created": 1700000000, "model": "m"}
@@ -113,7 +114,7 @@ def openai_streams(draw: st.DrawFn) -> bytes:
 
 
 @given(openai_streams(), st.lists(st.integers(0, 10_000), max_size=6))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_stream_in_normal_form_passes_byte_for_byte(stream: bytes, cuts: list[int]) -> None:
     """Whatever the text, however it is escaped, wherever the reads end; and `[DONE]` is left to whoever knows better."""
     edges = [0, *sorted(cut % len(stream) for cut in cuts), len(stream)]
@@ -126,7 +127,7 @@ def test_a_stream_in_normal_form_passes_byte_for_byte(stream: bytes, cuts: list[
 
 
 @given(openai_streams())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_the_fast_lane_and_the_slow_lane_say_the_same(stream: bytes) -> None:
     """Each event alone meets a normalizer that knows no shapes yet: the answer put together of those is the same."""
     events = [event + b"\n\n" for event in stream.split(b"\n\n")[:-1]]
@@ -179,7 +180,7 @@ EDITS += [
 
 
 @given(st.integers(0, len(PLAIN)), st.integers(0, 8), st.sampled_from(EDITS) | st.binary(max_size=3))
-@settings(max_examples=600, deadline=None)
+@examples(600)
 @example(PLAIN.index(b'"finish_reason":null') + 16, 4, b'"stop"')
 @example(PLAIN.index(b'"word"') + 5, 0, b'","role":"assistant')
 @example(PLAIN.index(b'"index":0') + 8, 1, b"1")
@@ -200,7 +201,7 @@ def test_what_only_resembles_a_known_shape_is_not_taken_for_it(position: int, le
 
 
 @given(st.integers(0, len(PLAIN)), st.integers(0, 8), st.sampled_from(EDITS) | st.binary(max_size=3), st.integers(0, 3))
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @example(PLAIN.index(b'"word"') + 5, 0, b"\\", 1)
 @example(PLAIN.index(b'"word"') + 5, 0, b"\\u12", 0)
 @example(PLAIN.index(b'{"id"') + 1, 0, b'"error":{"message":"no"},', 3)
@@ -842,7 +843,7 @@ def texts_of(value: dict[str, Any]) -> list[Any]:
 
 
 @given(st.lists(SLOPPY_CHUNKS, max_size=7))
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_sloppy_chunks_become_normal_form_and_normal_form_stays_what_it_is(chunks: list[dict[str, Any]]) -> None:
     out, _ = run(map(say, chunks))
     assert run([out])[0] == out
@@ -873,7 +874,7 @@ def test_sloppy_chunks_become_normal_form_and_normal_form_stays_what_it_is(chunk
 
 
 @given(st.lists(ANY_JSON, max_size=5))
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @example([chunk(first(tool_calls=[head(0, ["a"], "f")]))])  # type: ignore[arg-type]
 @example([chunk(first(tool_calls=[None, 3, "x"]))])
 @example(
@@ -899,7 +900,7 @@ def test_no_json_whatever_breaks_the_normalizer_or_what_reads_its_output(chunks:
         max_size=12,
     )
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_no_bytes_whatever_break_the_normalizer(pieces: list[bytes]) -> None:
     out, _ = run(pieces)
     values(out)

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.wire.sse import DONE, PING, Event, EventSplitter, EventTooLarge, data_event, parse_event
+from tests.conftest import examples
 
 BOM = b"\xef\xbb\xbf"
 LIMIT = 1 << 22
@@ -149,7 +150,7 @@ def streams_in_reads(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
 
 
 @given(streams_in_reads())
-@settings(max_examples=600, deadline=None)
+@examples(600)
 @example((b"data: a\r\n\r\ndata: b\n\n", [b"data: a\r", b"\n\r", b"\n", b"data: b\n\n"]))
 @example((b"data: a\n\n\ndata: b\n\n", [b"data: a\n\n", b"\n", b"data: b\n\n"]))
 def test_any_bytes_in_any_reads_are_what_the_grammar_says(made: tuple[bytes, list[bytes]]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.chat import Usage
 from proxy.wire.tokens import estimate
+from tests.conftest import examples
 
 
 def count(text: str) -> int:
@@ -105,7 +106,7 @@ MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "to
 
 
 @given(st.lists(MESSAGES, max_size=5), MESSAGES, st.text(min_size=1, max_size=30))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_more_is_never_counted_as_less(messages: list[Any], message: Any, text: str) -> None:
     before = estimate(len, said(*messages), answer({"role": "assistant", "content": text}))
     assert estimate(len, said(*messages, message), NOTHING).prompt >= before.prompt + 3
