@@ -3,22 +3,21 @@
 A log is an append-only list of *segments*, each the bytes of one or more whole SSE events, and an ending. Or it is one
 JSON body (`put_whole`), when the upstream gave one and the client wants one.
 
-Push, not pull: `append` is a plain call, and a reader that is up to date has its sink written to in that very call, so
-that bytes go from the upstream's socket to the client's with no task woken between. A reader has a task of its own
-(whoever awaits `Reader.deliver`) only to catch up, to wait for a slow client, and to see the end.
+Push, not pull: everything here is a plain call. A reader that is up to date has its sink written to inside `append`, so
+that bytes go from the upstream's socket to the client's in one call stack, with no task woken between. A reader that is
+behind writes in batches until its sink is full, and goes on when it is told that there is room (`resume`).
 
 Back-pressure: a reader whose sink is full is *stuck*. While all readers are stuck the log's source is paused; one that is
 not stuck keeps the source going, so readers never stall each other.
 
 Commit: until `commit`, nothing is visible, and `fail` still becomes an HTTP status. After it, `fail` becomes an error
-event, the last of the log. `[DONE]` is appended by the producer, and only behind a whole answer.
+event, the last of the log. `[DONE]` comes from the producer, and only behind a whole answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 from proxy.errors import ProxyError, UpstreamError
@@ -29,14 +28,18 @@ _CATCH_UP_BYTES = 256 * 1024
 
 
 class Sink(Protocol):
-    """Where a reader's bytes go."""
+    """Where a stream's bytes go. Nothing here waits."""
 
     def write(self, segment: bytes) -> bool:
-        """Take the bytes, at once and without waiting. False asks for `drained` before more is written."""
+        """Take the bytes. False: no more before `StreamReader.resume` is called."""
         ...
 
-    async def drained(self) -> None:
-        """Wait until more may be written. Raises what the transport raises when the client has gone."""
+    def end(self, last: bytes) -> None:
+        """Take the last bytes, maybe none, and the end: nothing follows."""
+        ...
+
+    def refuse(self, error: ProxyError) -> None:
+        """There is no answer, and nothing was written: the error can still be a status."""
         ...
 
 
@@ -48,22 +51,43 @@ class Source(Protocol):
     def resume_reading(self) -> None: ...
 
 
-class AnswerLog:
-    """One answer. `on_abandoned` is called when the last reader leaves before the end.
+class Reader(Protocol):
+    """Somebody who wants the answer, from `AnswerLog.join` to `AnswerLog.leave`; called by the log, and never waits.
 
-    `source`, when set, is paused while all readers are stuck.
+    `live` is the sink of a reader that is up to date and can take more, else None.
+    """
+
+    live: Sink | None
+    is_stuck: bool
+
+    def commit(self) -> None: ...
+
+    def fill(self) -> None:
+        """The live sink took the newest segment, and can take no more."""
+        ...
+
+    def close(self, unread: int) -> None:
+        """The log is closed; its last `unread` segments were not written to the live sink."""
+        ...
+
+
+class AnswerLog:
+    """One answer.
+
+    `on_left` is called when the last reader has left, whether the log is closed by then or not. `source`, when set, is
+    paused while all readers are stuck.
     """
 
     __slots__ = (
-        "_closed",
+        "_live",
         "_max_bytes",
-        "_opened",
         "_readers",
         "_stuck",
         "failure",
         "headers",
+        "is_closed",
         "is_committed",
-        "on_abandoned",
+        "on_left",
         "segments",
         "size",
         "source",
@@ -72,16 +96,17 @@ class AnswerLog:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._opened = asyncio.Event()
-        self._closed = asyncio.Event()
         self._stuck = 0
-        self.source: Source | None = None
         self._readers: list[Reader] = []
-        self.on_abandoned: Callable[[], object] | None = None
+        self._live: Sink | None = None
+        """The live sink of the only reader: to come to it, a chunk need not go by the list and the reader."""
+        self.source: Source | None = None
+        self.on_left: Callable[[], object] | None = None
         self.segments: list[bytes] = []
         self.size = 0
         self.whole: bytes | None = None
         self.is_committed = False
+        self.is_closed = False
         self.failure: ProxyError | None = None
         self.headers: dict[str, str] = {}
         """Response headers for whoever reads; complete at the commit."""
@@ -90,17 +115,21 @@ class AnswerLog:
 
     def commit(self) -> None:
         """Spend the status: from now on the log is visible, and a failure is an event."""
-        self.is_committed = True
-        self._opened.set()
+        if not self.is_committed:
+            self.is_committed = True
+            for reader in self._readers:
+                reader.commit()
 
     def append(self, segment: bytes) -> None:
         """Add whole events; up-to-date readers have them when this returns. UpstreamError past `max_bytes`."""
         self.size += len(segment)
         if self.size > self._max_bytes:
-            raise UpstreamError(
-                502, "answer_too_large", f"The answer is longer than {self._max_bytes} bytes.", may_retry=False
-            )
-        self._push(segment)
+            raise self._too_large()
+        self.segments.append(segment)
+        if self._live is None:
+            self._push(segment)
+        elif not self._live.write(segment):
+            self._readers[0].fill()
 
     def rewind(self) -> None:
         """Forget what nobody has seen, before another attempt. Once something was seen, nothing is forgotten."""
@@ -119,73 +148,74 @@ class AnswerLog:
 
     def ping(self) -> None:
         """Tell waiting clients that the call is alive. Commits, for a comment cannot be sent without a status."""
-        if not self.is_committed:
-            self.commit()
-        for reader in self._readers:
-            reader.ping()
+        self.commit()
+        self._push(PING)
 
-    def finish(self) -> None:
-        """Close the log: nothing follows."""
-        if not self.is_committed:
-            self.commit()
-        self._close()
+    def finish(self, last: bytes = b"") -> None:
+        """Close the log behind its last events, which readers get together with the end. UpstreamError past `max_bytes`."""
+        if self.is_closed:
+            return
+        if last:
+            self.size += len(last)
+            if self.size > self._max_bytes:
+                raise self._too_large()
+            self.segments.append(last)
+        self.is_committed = True
+        self._close(unread=1 if last else 0)
 
     def fail(self, error: ProxyError) -> None:
         """Close the log with an error: a status where none was sent yet, else an event."""
-        if self._closed.is_set():
+        if self.is_closed:
             return
         self.failure = error
         if self.is_committed:
-            self._push(data_event(dumps(error.envelope())))
-        self._close()
+            self.segments.append(data_event(dumps(error.envelope())))
+        self._close(unread=1 if self.is_committed else 0)
+
+    def _too_large(self) -> UpstreamError:
+        words = f"The answer is longer than {self._max_bytes} bytes."
+        return UpstreamError(502, "answer_too_large", words, may_retry=False)
+
+    def _push(self, segment: bytes) -> None:
+        for reader in self._readers:
+            if reader.live is not None and not reader.live.write(segment):
+                reader.fill()
+
+    def _close(self, unread: int) -> None:
+        self.is_closed = True
+        # A reader that has had everything leaves.
+        for reader in self._readers.copy():
+            reader.close(unread)
 
     # The readers' side.
 
-    @contextmanager
-    def reading(self) -> Iterator[Reader]:
-        """Be a reader from the beginning on; leaving the block is leaving the answer."""
-        reader = Reader(self)
+    def join(self, reader: Reader) -> None:
         self._readers.append(reader)
+        self.note_live()
         self._balance()
-        try:
-            yield reader
-        finally:
-            self._readers.remove(reader)
-            self._stuck -= reader.is_stuck
-            self._balance()
-            if not self._readers and not self._closed.is_set() and self.on_abandoned is not None:
-                self.on_abandoned()
 
-    async def wait_opened(self) -> None:
-        """Wait for the commit. Raises the failure, if there was one before it."""
-        await self._opened.wait()
-        if self.failure is not None and not self.is_committed:
-            raise self.failure
+    def leave(self, reader: Reader) -> None:
+        """Leave the answer, at its end or before; not to be called twice."""
+        self._readers.remove(reader)
+        self._stuck -= reader.is_stuck
+        self.note_live()
+        self._balance()
+        if not self._readers and self.on_left is not None:
+            on_left, self.on_left = self.on_left, None
+            on_left()
 
-    async def wait_closed(self) -> None:
-        """Wait for the end. Raises the failure, if that is what it was."""
-        await self._closed.wait()
-        if self.failure is not None:
-            raise self.failure
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed.is_set()
-
-    def _push(self, segment: bytes) -> None:
-        self.segments.append(segment)
-        for reader in self._readers:
-            reader.push(segment)
-
-    def _close(self) -> None:
-        self._closed.set()
-        self._opened.set()
-        for reader in self._readers:
-            reader.wake()
+    def note_live(self) -> None:
+        """To be called whenever a reader's `live` changes."""
+        self._live = self._readers[0].live if len(self._readers) == 1 else None
 
     def stick(self) -> None:
         """A reader cannot take more. With all of them stuck, the source is paused."""
         self._stuck += 1
+        self._balance()
+
+    def unstick(self) -> None:
+        """A reader can take more again."""
+        self._stuck -= 1
         self._balance()
 
     def _balance(self) -> None:
@@ -196,68 +226,80 @@ class AnswerLog:
         else:
             self.source.resume_reading()
 
-    def unstick(self) -> None:
-        """A reader can take more again, or has left."""
-        self._stuck -= 1
-        self._balance()
 
+class StreamReader:
+    """Delivers a log to a sink, from the first segment to the end, at which it leaves by itself.
 
-class Reader:
-    """One reader's place in a log. Made by `AnswerLog.reading`."""
+    Joins when made, and may begin to write at once.
+    """
 
-    __slots__ = ("_log", "_position", "_sink", "_wakeup", "is_stuck")
+    __slots__ = ("_log", "_position", "_sink", "is_stuck", "live")
 
-    def __init__(self, log: AnswerLog) -> None:
+    def __init__(self, log: AnswerLog, sink: Sink) -> None:
         self._log = log
+        self._sink = sink
         self._position = 0
-        self._sink: Sink | None = None
-        self._wakeup: asyncio.Future[None] | None = None
+        """How many segments were written; not kept while `live`, for then it is all."""
+        self.live: Sink | None = None
         self.is_stuck = False
+        log.join(self)
+        self._catch_up()
 
-    async def deliver(self, sink: Sink, send_timeout_s: float) -> None:
-        """Write the whole log to `sink` and return when it is closed and all was written.
+    def resume(self) -> None:
+        """The sink has room again."""
+        if self.is_stuck:
+            self.is_stuck = False
+            self._log.unstick()
+            self._catch_up()
 
-        TimeoutError when the client takes nothing for `send_timeout_s`.
-        """
-        if not self._log.segments and not self._log.is_closed:
-            # It was a heartbeat that committed the log, before there was a sink to write it to.
-            sink.write(PING)
-        while True:
-            while self._position < len(self._log.segments):
-                if not sink.write(self._next_batch()):
-                    await self._wait_drained(sink, send_timeout_s)
-            if self._log.is_closed:
-                return
-            self._sink = sink
-            self._wakeup = asyncio.get_running_loop().create_future()
-            try:
-                await self._wakeup
-            finally:
-                self._sink = self._wakeup = None
-            if self.is_stuck:
-                await self._wait_drained(sink, send_timeout_s)
+    def leave(self) -> None:
+        """The client has gone."""
+        self.live = None
+        self._log.leave(self)
 
-    def push(self, segment: bytes) -> None:
-        """The log's newest segment: written at once when this reader is up to date, else left for catching up."""
-        if self._sink is not None:
-            self._position += 1
-            if not self._sink.write(segment):
-                self._stick()
+    # Called by the log.
 
-    def ping(self) -> None:
-        if self._sink is not None and not self._sink.write(PING):
-            self._stick()
+    def commit(self) -> None:
+        self._catch_up()
+
+    def fill(self) -> None:
+        self._position = len(self._log.segments)
+        self._stick()
+
+    def close(self, unread: int) -> None:
+        if self.live is not None:
+            self._position = len(self._log.segments) - unread
+            self.live = None
+        if not self.is_stuck:
+            self._catch_up()
 
     def _stick(self) -> None:
-        if not self.is_stuck:
-            self.is_stuck = True
-            self._log.stick()
-        self.wake()
+        self.live = None
+        self._log.note_live()
+        self.is_stuck = True
+        self._log.stick()
 
-    def wake(self) -> None:
-        self._sink = None
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
+    def _catch_up(self) -> None:
+        """Write what waits, as much as the sink takes; the last of it together with the end."""
+        log = self._log
+        if not log.is_committed:
+            if log.failure is not None:
+                log.leave(self)
+                self._sink.refuse(log.failure)
+            return
+        while True:
+            batch = self._next_batch()
+            if log.is_closed and self._position == len(log.segments):
+                log.leave(self)
+                self._sink.end(batch)
+                return
+            if not batch:
+                self.live = self._sink
+                log.note_live()
+                return
+            if not self._sink.write(batch):
+                self._stick()
+                return
 
     def _next_batch(self) -> bytes:
         segments = self._log.segments
@@ -268,9 +310,50 @@ class Reader:
             self._position += 1
         return b"".join(segments[start : self._position])
 
-    async def _wait_drained(self, sink: Sink, timeout_s: float) -> None:
-        self._stick()
-        async with asyncio.timeout(timeout_s):
-            await sink.drained()
+
+class BodyReader:
+    """Waits for the end of a log, to take its one body (`log.whole`) or its failure. `on_closed` is called there, once.
+
+    Joins when made, and leaves by itself before `on_closed`.
+    """
+
+    __slots__ = ("_log", "_on_closed", "is_stuck", "live")
+
+    def __init__(self, log: AnswerLog, on_closed: Callable[[], object]) -> None:
+        self._log = log
+        self._on_closed = on_closed
+        self.live: Sink | None = None
         self.is_stuck = False
-        self._log.unstick()
+        log.join(self)
+        if log.is_closed:
+            self.close(0)
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self._log.leave(self)
+
+    # Called by the log.
+
+    def commit(self) -> None:
+        """Only the end counts."""
+
+    def fill(self) -> None:
+        """Nothing was written."""
+
+    def close(self, unread: int) -> None:
+        self._log.leave(self)
+        self._on_closed()
+
+
+async def read_to_end(log: AnswerLog) -> None:
+    """Be a reader of a log until it is closed. Raises its failure."""
+    closed = asyncio.Event()
+    reader = BodyReader(log, closed.set)
+    try:
+        await closed.wait()
+    except asyncio.CancelledError:
+        if not log.is_closed:
+            reader.leave()
+        raise
+    if log.failure is not None:
+        raise log.failure

@@ -6,338 +6,413 @@ import asyncio
 import json
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from proxy.answerlog import AnswerLog
-from proxy.errors import OverloadedError, UpstreamError
+from proxy.answerlog import AnswerLog, BodyReader, StreamReader, read_to_end
+from proxy.errors import OverloadedError, ProxyError, UpstreamError
 
 PING = b": ping\n\n"
-BEGUN = b"^"
 ERROR = UpstreamError(502, "upstream_broke", "It broke.")
 
 
 class Client:
-    """A sink that can be full. `room` is how many writes it takes, behind its first one, before it asks to wait."""
+    """A sink that can be full. `room` is how many writes it takes before it asks to wait; none, and it never does."""
 
-    def __init__(self, room: int | None = None) -> None:
+    def __init__(self, log: AnswerLog, room: int | None = None) -> None:
         self.room = room
         self.got: list[bytes] = []
-        self.wants_more = asyncio.Event()
-        self.is_waited_for = asyncio.Event()
-        self.gone: Exception | None = None
+        self.last: bytes | None = None
+        """What came with the end."""
+        self.refused: ProxyError | None = None
+        self.reader = StreamReader(log, self)
 
     def write(self, segment: bytes) -> bool:
+        assert not self.is_over, "nothing follows the end"
+        assert segment, "an empty chunk would be the end of the body"
+        assert self.room != 0, "it has asked to wait"
         self.got.append(segment)
-        return self.room is None or len(self.got) <= self.room
+        if self.room is not None:
+            self.room -= 1
+        return self.room != 0
 
-    async def drained(self) -> None:
-        self.is_waited_for.set()
-        await self.wants_more.wait()
-        if self.gone is not None:
-            raise self.gone
+    def end(self, last: bytes) -> None:
+        assert not self.is_over, "there is one end"
+        self.last = last
 
-    def drain(self) -> None:
-        self.room = None
-        self.wants_more.set()
+    def refuse(self, error: ProxyError) -> None:
+        assert not self.is_over
+        assert not self.got, "the status is spent"
+        self.refused = error
+
+    def drain(self, room: int | None = None) -> None:
+        self.room = room
+        self.reader.resume()
+
+    @property
+    def is_over(self) -> bool:
+        return self.last is not None or self.refused is not None
 
     @property
     def text(self) -> bytes:
-        return b"".join(self.got).removeprefix(BEGUN)
+        return b"".join(self.got) + (self.last or b"")
 
 
 class Source:
     def __init__(self) -> None:
-        self._paused = False
+        self._is_paused = False
 
     def pause_reading(self) -> None:
-        self._paused = True
+        self._is_paused = True
 
     def resume_reading(self) -> None:
-        self._paused = False
+        self._is_paused = False
 
     def is_paused(self) -> bool:
-        return self._paused
+        return self._is_paused
 
 
-class Reading:
-    """A reader that delivers to a client, in a task of its own."""
+class Told:
+    """Counts how often it was called."""
 
-    def __init__(self, log: AnswerLog, client: Client, send_timeout_s: float = 60) -> None:
-        self.log, self.client, self.send_timeout_s = log, client, send_timeout_s
-        self.task = asyncio.get_running_loop().create_task(self._deliver())
+    def __init__(self) -> None:
+        self.times = 0
 
-    async def _deliver(self) -> None:
-        with self.log.reading() as reader:
-            await self.log.wait_opened()
-            await reader.deliver(self.client, self.send_timeout_s)
-
-    async def leave(self) -> None:
-        self.task.cancel()
-        await asyncio.wait((self.task,))
+    def __call__(self) -> None:
+        self.times += 1
 
 
-async def turn() -> None:
-    """Let every task that can run do so, until it waits again."""
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
-def committed(max_bytes: int = 1000) -> AnswerLog:
-    """A log that a client can read already."""
-    log = AnswerLog(max_bytes)
+def committed(max_bytes: int = 1000) -> tuple[AnswerLog, Source]:
+    """A log that a client can read already, and its source."""
+    log, source = AnswerLog(max_bytes), Source()
+    log.source = source
     log.commit()
-    log.append(BEGUN)
-    return log
+    return log, source
 
 
-async def test_an_up_to_date_reader_has_the_segment_when_append_returns() -> None:
-    log, client = committed(), Client()
+# ---------------------------------------------------------------------- delivering
+
+
+def test_an_up_to_date_reader_has_the_segment_when_append_returns() -> None:
+    log, _ = committed()
     log.append(b"0")
-    reading = Reading(log, client)
-    await turn()
+    client = Client(log)
     for number in range(1, 5):
         log.append(b"%d" % number)
         assert client.got[-1] == b"%d" % number
     log.finish()
-    await reading.task
-    assert client.text == b"01234"
+    assert (client.got, client.last) == ([b"0", b"1", b"2", b"3", b"4"], b"")
     assert log.is_closed
 
 
-async def test_a_late_reader_catches_up_in_order_and_goes_on_live() -> None:
-    log, early, late = committed(1 << 24), Client(), Client()
-    first = Reading(log, early)
-    await turn()
+def test_the_last_events_and_the_end_come_together() -> None:
+    log, _ = committed()
+    client = Client(log)
+    log.append(b"0")
+    log.finish(b"12")
+    assert (client.got, client.last) == ([b"0"], b"12")
+    assert (log.segments, log.size) == ([b"0", b"12"], 3)
+
+
+def test_a_reader_that_comes_when_all_is_over_gets_all_of_it_with_the_end() -> None:
+    log, _ = committed()
+    log.append(b"0")
+    log.finish(b"1")
+    client = Client(log)
+    assert (client.got, client.last) == ([], b"01")
+
+
+def test_a_reader_leaves_by_itself_at_the_end() -> None:
+    log, source = committed()
+    log.on_left = left = Told()
+    quick, stuck = Client(log), Client(log, room=1)
+    log.append(b"0")
+    log.finish(b"1")
+    assert quick.is_over
+    assert source.is_paused(), "only the one that is stuck is left"
+    assert left.times == 0
+    stuck.drain()
+    assert (stuck.got, stuck.last) == ([b"0"], b"1")
+    assert not source.is_paused()
+    assert left.times == 1
+
+
+def test_a_late_reader_catches_up_in_order_and_goes_on_live() -> None:
+    log, _ = committed(1 << 24)
+    early = Client(log)
     segments = [b"%06d" % number * 1000 for number in range(200)]
     for segment in segments[:150]:
         log.append(segment)
-    second = Reading(log, late)
-    await turn()
+    late = Client(log)
     assert late.text == b"".join(segments[:150])
     assert 1 < len(late.got) < 150, "what waits is written in batches"
     for segment in segments[150:]:
         log.append(segment)
         assert late.got[-1] == early.got[-1] == segment
     log.finish()
-    await asyncio.gather(first.task, second.task)
-    after = Client()
-    await Reading(log, after).task
+    after = Client(log)
     assert early.text == late.text == after.text == b"".join(segments)
+    assert len(after.got) > 1
 
 
-async def test_a_stuck_reader_misses_nothing_and_gets_nothing_while_it_is_stuck() -> None:
-    log, client = committed(), Client(room=2)
-    reading = Reading(log, client)
-    await turn()
+def test_a_stuck_reader_misses_nothing_and_gets_nothing_while_it_is_stuck() -> None:
+    log, _ = committed()
+    client = Client(log, room=2)
     for number in range(6):
         log.append(b"%d" % number)
-    assert client.text == b"01"
-    await client.is_waited_for.wait()
-    log.append(b"6")
     log.ping()
     assert client.text == b"01"
+    client.drain(room=1)
+    assert client.got[2:] == [b"2345"], "in one write"
     client.drain()
-    await turn()
-    log.append(b"7")
-    log.finish()
-    await reading.task
+    log.append(b"6")
+    log.finish(b"7")
     assert client.text == b"01234567"
 
 
-async def test_the_source_is_paused_while_all_readers_are_stuck_and_only_then() -> None:
+def test_room_that_is_told_of_twice_is_no_matter() -> None:
+    log, source = committed()
+    client, stuck = Client(log), Client(log, room=1)
+    log.append(b"0")
+    client.reader.resume()
+    stuck.drain()
+    stuck.reader.resume()
+    log.append(b"1")
+    assert client.text == stuck.text == b"01"
+    assert not source.is_paused()
+
+
+# ---------------------------------------------------------------------- back-pressure
+
+
+def test_the_source_is_paused_while_all_readers_are_stuck_and_only_then() -> None:
     """Memory stays flat behind a slow client (https://github.com/IBM/mcp-context-forge/issues/1682), and one slow client
     does not stall another."""
-    log, slow, slower, source = committed(), Client(room=1), Client(room=2), Source()
-    log.source = source
-    readings = [Reading(log, slow), Reading(log, slower)]
-    await turn()
+    log, source = committed()
+    slow, slower = Client(log, room=1), Client(log, room=2)
     log.append(b"0")
     assert not source.is_paused()
     log.append(b"1")
     assert source.is_paused()
-    await turn()
     slow.drain()
-    await turn()
     assert not source.is_paused()
     slower.drain()
     log.finish()
-    await asyncio.gather(*(reading.task for reading in readings))
     assert slow.text == slower.text == b"01"
 
 
-async def test_a_stuck_reader_that_leaves_frees_the_source() -> None:
-    log, client, source = committed(), Client(room=1), Source()
-    log.source = source
-    reading = Reading(log, client)
-    await turn()
+def test_a_stuck_reader_that_leaves_frees_the_source() -> None:
+    log, source = committed()
+    client = Client(log, room=1)
     log.append(b"0")
-    await client.is_waited_for.wait()
     assert source.is_paused()
-    await reading.leave()
+    client.reader.leave()
     assert not source.is_paused()
 
 
-async def test_the_source_is_paused_when_the_only_reader_that_was_not_stuck_leaves() -> None:
-    log, stuck, quick, source = committed(), Client(room=1), Client(), Source()
-    log.source = source
-    staying, leaving = Reading(log, stuck), Reading(log, quick)
-    await turn()
+def test_the_source_is_paused_when_the_only_reader_that_was_not_stuck_leaves() -> None:
+    log, source = committed()
+    _, quick = Client(log, room=1), Client(log)
     log.append(b"0")
-    await turn()
     assert not source.is_paused()
-    await leaving.leave()
+    quick.reader.leave()
     assert source.is_paused()
-    await staying.leave()
 
 
-async def test_a_new_reader_is_not_held_up_by_those_that_are_stuck() -> None:
-    log, stuck, fresh, source = committed(), Client(room=1), Client(), Source()
-    log.source = source
-    first = Reading(log, stuck)
-    await turn()
+def test_a_stuck_reader_that_leaves_does_not_count_any_more() -> None:
+    log, source = committed()
+    stuck, _ = Client(log, room=1), Client(log)
     log.append(b"0")
-    await turn()
-    assert source.is_paused()
-    second = Reading(log, fresh)
-    await turn()
+    stuck.reader.leave()
     assert not source.is_paused()
-    await second.leave()
-    await first.leave()
 
 
-async def test_a_reader_that_gets_stuck_while_catching_up_is_stuck_too() -> None:
-    log, client, source = committed(), Client(room=0), Source()
+def test_a_new_reader_is_not_held_up_by_those_that_are_stuck() -> None:
+    log, source = committed()
+    Client(log, room=1)
+    log.append(b"0")
+    assert source.is_paused()
+    fresh = Client(log)
+    assert not source.is_paused()
+    log.append(b"1")
+    assert fresh.text == b"01"
+
+
+def test_a_reader_of_the_one_body_is_never_stuck() -> None:
+    log, source = committed()
+    stuck, body = Client(log, room=1), BodyReader(log, Told())
+    log.append(b"0")
+    assert not source.is_paused()
+    body.leave()
+    assert source.is_paused()
+    stuck.reader.leave()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_reader_that_gets_stuck_while_catching_up_is_stuck_too(is_late: bool) -> None:
+    log, source = AnswerLog(1000), Source()
     log.source = source
     log.append(b"0")
-    reading = Reading(log, client)
-    await client.is_waited_for.wait()
+    if is_late:
+        log.commit()
+    client = Client(log, room=1)
+    log.commit()
     assert source.is_paused()
-    client.drain()
     log.append(b"1")
     log.finish()
-    await reading.task
+    client.drain()
     assert not source.is_paused()
-    assert client.text == b"01"
+    assert (client.got, client.last) == ([b"0"], b"1")
 
 
-async def test_a_client_that_takes_nothing_for_too_long_is_given_up() -> None:
-    log, client = committed(), Client(room=0)
+# ---------------------------------------------------------------------- commit and failure
+
+
+@pytest.mark.parametrize("comes", ["before", "after"])
+async def test_before_the_commit_nothing_is_seen_and_a_failure_is_a_status(comes: str) -> None:
+    log = AnswerLog(1000)
+    log.on_left = left = Told()
+    client = Client(log) if comes == "before" else None
     log.append(b"0")
-    reading = Reading(log, client, send_timeout_s=0.01)
-    with pytest.raises(TimeoutError):
-        await reading.task
-
-
-async def test_what_the_transport_raises_reaches_whoever_delivers() -> None:
-    log, client, source = committed(), Client(room=0), Source()
-    log.source = source
-    left: list[int] = []
-    log.on_abandoned = lambda: left.append(1)
-    client.gone = ConnectionResetError("gone")
-    client.wants_more.set()
-    log.append(b"0")
-    with pytest.raises(ConnectionResetError):
-        await Reading(log, client).task
-    assert left == [1]
-    assert not source.is_paused()
-
-
-async def test_before_the_commit_nothing_is_seen_and_a_failure_is_a_status() -> None:
-    log, client = AnswerLog(1000), Client()
-    reading = Reading(log, client)
-    log.append(b"0")
-    await turn()
-    assert client.got == []
     assert not log.is_spent
     log.fail(ERROR)
-    with pytest.raises(UpstreamError, match="It broke"):
-        await reading.task
-    with pytest.raises(UpstreamError, match="It broke"):
-        await log.wait_closed()
-    assert client.got == []
+    client = client or Client(log)
+    assert (client.refused, client.got) == (ERROR, [])
     assert not log.is_committed
+    assert left.times == 1
+    with pytest.raises(UpstreamError, match="It broke"):
+        await read_to_end(log)
 
 
 async def test_after_the_commit_a_failure_is_the_last_event_and_done_is_not_said() -> None:
     """https://github.com/Portkey-AI/gateway/issues/1797: a break is never a tidy end."""
-    log, client = AnswerLog(1000), Client()
-    reading = Reading(log, client)
+    log = AnswerLog(1000)
+    client = Client(log)
     log.append(b"data: 0\n\n")
     log.commit()
-    await turn()
     log.fail(ERROR)
     log.fail(OverloadedError("shutting_down", "Too late."))
-    await reading.task
     before, event, end = client.text.split(b"\n\n")
     assert (before, end) == (b"data: 0", b"")
+    assert client.last == event + b"\n\n"
     assert json.loads(event.removeprefix(b"data: ")) == ERROR.envelope()
     assert log.failure is ERROR
     with pytest.raises(UpstreamError):
-        await log.wait_closed()
-    late = Client()
-    await Reading(log, late).task
-    assert late.text == client.text
+        await read_to_end(log)
+    assert Client(log).text == client.text
 
 
-async def test_a_failure_reaches_a_stuck_reader_too() -> None:
-    log, client = committed(), Client(room=1)
-    reading = Reading(log, client)
-    await turn()
+def test_a_failure_reaches_a_stuck_reader_too() -> None:
+    log, _ = committed()
+    client = Client(log, room=1)
     log.append(b"data: 0\n\n")
     log.fail(ERROR)
+    assert not client.is_over
     client.drain()
-    await reading.task
-    assert b'"upstream_broke"' in client.text
+    assert client.last is not None
+    assert b'"upstream_broke"' in client.last
 
 
 async def test_what_has_ended_cannot_fail() -> None:
-    log = committed()
+    log, _ = committed()
     log.append(b"0")
     log.finish()
-    log.finish()
+    log.finish(b"1")
     log.fail(ERROR)
     assert log.failure is None
-    assert log.segments == [BEGUN, b"0"]
-    await log.wait_closed()
+    assert log.segments == [b"0"]
+    await read_to_end(log)
 
 
-async def test_the_producer_is_told_exactly_when_the_last_reader_leaves_before_the_end() -> None:
+def test_finishing_commits() -> None:
+    log = AnswerLog(1000)
+    client = Client(log)
+    log.append(b"0")
+    log.finish(b"1")
+    assert log.is_committed
+    assert (client.got, client.last) == ([], b"01")
+
+
+# ---------------------------------------------------------------------- leaving
+
+
+def test_the_producer_is_told_exactly_when_the_last_reader_leaves_before_the_end() -> None:
     """The upstream is to be cut at once, so that nobody pays for what nobody reads:
     https://github.com/maximhq/bifrost/issues/3164."""
     log = AnswerLog(1000)
-    left: list[str] = []
-    log.on_abandoned = lambda: left.append("left")
-    one, two = Reading(log, Client()), Reading(log, Client())
-    await turn()
-    await one.leave()
-    assert left == []
+    log.on_left = left = Told()
+    one, two, three = Client(log), BodyReader(log, Told()), Client(log, room=1)
+    one.reader.leave()
     log.commit()
-    await two.leave()
-    assert left == ["left"]
+    log.append(b"0")
+    two.leave()
+    assert left.times == 0
+    three.reader.leave()
+    assert left.times == 1
+    log.append(b"1")
+    log.ping()
     log.finish()
+    assert left.times == 1
+    assert one.text == b""
+    assert three.text == b"0"
 
 
-@pytest.mark.parametrize("fails", [False, True])
-async def test_leaving_after_the_end_abandons_nothing(fails: bool) -> None:
-    log = committed()
-    left: list[str] = []
-    log.on_abandoned = lambda: left.append("left")
-    with log.reading():
-        if fails:
-            log.fail(ERROR)
-        else:
-            log.finish()
-    assert left == []
+def test_one_who_leaves_gets_nothing_more() -> None:
+    log, _ = committed()
+    staying, leaving, stuck = Client(log), Client(log), Client(log, room=1)
+    log.append(b"0")
+    leaving.reader.leave()
+    stuck.reader.leave()
+    log.append(b"1")
+    log.ping()
+    log.finish(b"2")
+    assert (leaving.text, leaving.is_over) == (stuck.text, stuck.is_over) == (b"0", False)
+    assert staying.text == b"01" + PING + b"2"
 
 
-async def test_a_ping_commits_and_is_no_part_of_the_answer() -> None:
+async def test_a_task_that_reads_to_the_end_leaves_when_it_is_cancelled() -> None:
+    log, _ = committed()
+    log.on_left = left = Told()
+    task = asyncio.get_running_loop().create_task(read_to_end(log))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait((task,))
+    assert left.times == 1
+
+    log, _ = committed()
+    log.on_left = left = Told()
+    task = asyncio.get_running_loop().create_task(read_to_end(log))
+    await asyncio.sleep(0)
+    log.finish()
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+    assert left.times == 1, "it had left by itself"
+
+
+async def test_a_task_reads_to_the_end() -> None:
+    log, _ = committed()
+    tasks = [asyncio.get_running_loop().create_task(read_to_end(log)) for _ in range(2)]
+    await asyncio.sleep(0)
+    log.append(b"0")
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in tasks)
+    log.finish()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*tasks)
+
+
+# ---------------------------------------------------------------------- pings, attempts, bounds, one body
+
+
+def test_a_ping_commits_and_is_no_part_of_the_answer() -> None:
     """A heartbeat costs the status: https://github.com/BerriAI/litellm-docs/issues/929."""
-    log, client = AnswerLog(10), Client()
-    reading = Reading(log, client)
-    await turn()
+    log = AnswerLog(10)
+    client = Client(log)
     log.ping()
     assert log.is_committed
     assert not log.is_spent, "another target may still be asked"
-    await turn()
     assert client.text == PING
     log.append(b"0")
     for _ in range(50):
@@ -345,42 +420,181 @@ async def test_a_ping_commits_and_is_no_part_of_the_answer() -> None:
     assert client.text == PING + b"0" + PING * 50
     assert (log.segments, log.size) == ([b"0"], 1)
     log.finish()
-    await reading.task
     log.ping()
     assert client.text.count(PING) == 51
 
 
-async def test_what_nobody_saw_can_be_taken_back_before_another_attempt() -> None:
+def test_a_ping_may_be_what_fills_a_sink() -> None:
+    log, source = committed()
+    client = Client(log, room=1)
+    log.ping()
+    assert source.is_paused()
+    log.append(b"0")
+    client.drain()
+    assert client.got == [PING, b"0"]
+
+
+def test_what_nobody_saw_can_be_taken_back_before_another_attempt() -> None:
     log = AnswerLog(10)
+    client = Client(log)
     log.append(b"12345678")
     log.rewind()
     assert (log.segments, log.size) == ([], 0)
-    log.append(b"12345678")
+    log.append(b"abcdefgh")
     log.commit()
     assert log.is_spent
     log.rewind()
-    assert log.segments == [b"12345678"]
+    assert log.segments == [b"abcdefgh"]
+    assert client.text == b"abcdefgh"
 
 
-async def test_a_log_is_bounded_and_says_so_to_those_who_read_it() -> None:
-    log, client = committed(11), Client()
-    reading = Reading(log, client)
-    await turn()
+def test_a_log_is_bounded_and_says_so_to_those_who_read_it() -> None:
+    log, _ = committed(10)
+    client = Client(log)
     log.append(b"1234567890")
-    with pytest.raises(UpstreamError, match="longer than 11 bytes") as caught:
+    with pytest.raises(UpstreamError, match="longer than 10 bytes") as caught:
         log.append(b"1")
     assert (caught.value.status, caught.value.code, caught.value.may_retry) == (502, "answer_too_large", False)
     assert client.text == b"1234567890"
     log.fail(caught.value)
-    await reading.task
-    assert b"answer_too_large" in client.text
+    assert client.last is not None
+    assert b"answer_too_large" in client.last
 
 
-async def test_one_body_is_kept_beside_the_log() -> None:
+def test_the_last_events_count_too() -> None:
     log = AnswerLog(10)
+    client = Client(log)
+    log.append(b"123456789")
+    with pytest.raises(UpstreamError, match="longer than 10 bytes") as caught:
+        log.finish(b"01")
+    assert not log.is_closed
+    assert not log.is_committed
+    log.fail(caught.value)
+    assert client.refused is caught.value, "nobody has seen anything: it is a status"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_one_body_is_kept_beside_the_log_and_its_reader_is_told_once(comes: str, fails: bool) -> None:
+    log = AnswerLog(10)
+    log.on_left = left = Told()
+    told = Told()
+    if comes == "before":
+        BodyReader(log, told)
     log.put_whole(b'{"more": "than ten bytes"}')
-    log.finish()
-    await log.wait_opened()
-    await log.wait_closed()
+    assert told.times == 0
+    if fails:
+        log.fail(ERROR)
+    else:
+        log.finish()
+    if comes == "after":
+        BodyReader(log, told)
+    assert told.times == left.times == 1
     assert log.whole == b'{"more": "than ten bytes"}'
     assert log.segments == []
+
+
+# ---------------------------------------------------------------------- everything at any moment
+
+
+class Anything(RuleBasedStateMachine):
+    """Any producer, any readers, sinks of any room, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log, self.source = AnswerLog(2**30), Source()
+        self.log.source = self.source
+        self.log.on_left = self._left
+        self.left = self.least = 0
+        self.clients: list[Client] = []
+        self.number = 0
+        self.pings = 0
+
+    def _left(self) -> None:
+        self.left += 1
+
+    def _segment(self, size: int) -> bytes:
+        self.number += 1
+        return b"data: %d %b\n\n" % (self.number, b"x" * size)
+
+    @initialize(least=st.integers(0, 15))
+    def begin(self, least: int) -> None:
+        self.least = least
+        """So many segments and pings before the end, or else most answers would end at once."""
+
+    @rule(room=st.none() | st.integers(1, 5))
+    def join(self, room: int | None) -> None:
+        self.clients.append(Client(self.log, room))
+
+    @precondition(lambda self: not self.log.is_closed)
+    @rule(size=st.sampled_from([0, 10, 100_000]))
+    def append(self, size: int) -> None:
+        self.log.append(self._segment(size))
+
+    @rule()
+    def commit(self) -> None:
+        if not self.log.is_closed:
+            self.log.commit()
+
+    @rule()
+    def ping(self) -> None:
+        if not self.log.is_closed:
+            self.log.ping()
+            self.pings += 1
+
+    @precondition(lambda self: self.number + self.pings >= self.least)
+    @rule(size=st.none() | st.sampled_from([0, 10, 100_000]))
+    def finish(self, size: int | None) -> None:
+        self.log.finish(b"" if size is None else self._segment(size))
+
+    @precondition(lambda self: self.number + self.pings >= self.least)
+    @rule()
+    def fail(self) -> None:
+        self.log.fail(ERROR)
+
+    @precondition(lambda self: self._present())
+    @rule(data=st.data(), room=st.none() | st.integers(1, 5))
+    def drain(self, data: st.DataObject, room: int | None) -> None:
+        data.draw(st.sampled_from(self._present())).drain(room)
+
+    @precondition(lambda self: self._present())
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        client = data.draw(st.sampled_from(self._present()))
+        client.reader.leave()
+        self.clients.remove(client)
+
+    def _present(self) -> list[Client]:
+        return [client for client in self.clients if not client.is_over]
+
+    @invariant()
+    def everybody_has_what_they_can_take(self) -> None:
+        log, whole = self.log, b"".join(self.log.segments)
+        for client in self.clients:
+            said = client.text.replace(PING, b"")
+            assert client.text.count(PING) <= self.pings
+            if not log.is_committed:
+                assert client.text == b""
+                assert client.refused is log.failure
+            elif client.reader.is_stuck and not client.is_over:
+                assert client.room == 0
+                assert whole.startswith(said)
+            else:
+                assert said == whole
+                assert client.is_over == log.is_closed
+                assert client.refused is None
+
+    @invariant()
+    def the_source_is_paused_exactly_while_all_are_stuck(self) -> None:
+        present = self._present()
+        assert self.source.is_paused() == (bool(present) and all(client.reader.is_stuck for client in present))
+
+    @invariant()
+    def the_producer_is_told_once_when_nobody_is_left(self) -> None:
+        assert self.left <= 1
+        if self.log.is_closed and self.left == 0:
+            assert self._present() or not self.clients
+
+
+TestAnything = Anything.TestCase
+TestAnything.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
