@@ -15,12 +15,11 @@ from tests.conftest import Proxy
 from tests.fakes.upstream import COMPLETION, DONE, FakeUpstream, Received, Wire, finish, role, stream, text
 
 _LONG = 60
-_MOST_S = 0.25
 
 
 @asynccontextmanager
-async def never_held() -> AsyncIterator[None]:
-    """Fails when the event loop was held for longer than a quarter of a second while the block lasted."""
+async def never_held(most_s: float = 0.25) -> AsyncIterator[None]:
+    """Fails when the event loop was held for longer than `most_s` while the block lasted."""
     longest = 0.0
 
     async def tick() -> None:
@@ -40,7 +39,7 @@ async def never_held() -> AsyncIterator[None]:
         await asyncio.sleep(0.02)
     finally:
         ticker.cancel()
-    assert longest < _MOST_S, f"the event loop was held for {longest:.2f} s"
+    assert longest < most_s, f"the event loop was held for {longest:.2f} s"
 
 
 async def test_the_ticker_sees_a_held_loop() -> None:
@@ -111,8 +110,6 @@ async def test_making_a_stream_of_a_body_of_five_megabytes(upstream: FakeUpstrea
 
 async def test_counting_the_tokens_of_a_prompt_of_a_megabyte(upstream: FakeUpstream, proxy: Proxy) -> None:
     upstream.plays(stream(role(), text("Hello"), finish()))
-    await proxy.stream()  # The tokenizer is loaded with the first count.
-    await proxy.ledger.next()
     prompt = _TEXTS["words"] * (2**20 // len(_TEXTS["words"]))
     async with never_held():
         _, last = await _read(
@@ -125,8 +122,9 @@ async def test_counting_the_tokens_of_a_prompt_of_a_megabyte(upstream: FakeUpstr
 
 
 async def test_loading_the_tokenizer(upstream: FakeUpstream, proxy: Proxy) -> None:
+    """In a thread it held the interpreter's lock, and with it this loop, for 170 ms at one go."""
     upstream.plays(stream(role(), text("Hello"), finish()))
-    async with never_held():
+    async with never_held(0.12):
         await proxy.stream()
         assert (await proxy.ledger.next())["estimated"] is True
 
