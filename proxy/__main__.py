@@ -27,6 +27,7 @@ from proxy.server.notify import keep_watchdog_quiet, notify
 from proxy.settings import Settings, UpstreamSettings, load, redact_url, with_server, with_upstreams
 from proxy.upstream import demo
 from proxy.upstream.discovery import from_url, in_environment, on_this_machine
+from proxy.upstream.tls import TlsContexts
 
 _DEFAULT_CONFIG = Path("config/headwater.toml")
 
@@ -91,6 +92,7 @@ def _run(work: object) -> int:
 
 
 def _check(options: argparse.Namespace, settings: Settings) -> int:
+    TlsContexts(settings.upstream)  # This reads the files that are only named in the settings.
     print("headwater: the settings are good")
     for upstream in settings.upstream:
         print(f"  upstream {_describe(upstream, settings)}")
@@ -160,7 +162,10 @@ def _greet(settings: Settings, port: int, origin: str) -> None:
 
 def _describe(upstream: UpstreamSettings, settings: Settings) -> str:
     key = "" if upstream.name in settings.secrets else ", no API key"
-    return f"{upstream.name}: {redact_url(upstream.base_url)}, models {', '.join(upstream.models)}{key}"
+    way = f" at {upstream.unix_socket}" if upstream.unix_socket is not None else ""
+    if (proxy := settings.proxies.get(upstream.name)) is not None:
+        way = f" through {redact_url(proxy)}"
+    return f"{upstream.name}: {redact_url(upstream.base_url)}{way}, models {', '.join(upstream.models)}{key}"
 
 
 async def _probe(options: argparse.Namespace, settings: Settings) -> int:

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from proxy.errors import ConfigError
 
 _ENV_PREFIX = "HEADWATER_"
+_MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108, with the zero at its end
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 SecondsOrOff = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
@@ -76,6 +77,11 @@ class UpstreamSettings(_Section):
     api_key_file: Path | None = None
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     stream: Literal["auto", "always", "never"] = "auto"
+    proxy: Annotated[str, Field(min_length=1)] | None = field(default=None, repr=False)
+    unix_socket: Path | None = None
+    ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,8 @@ class ModelSettings(_Section):
 
 @dataclass(frozen=True, slots=True)
 class Settings(_Section):
-    """Everything the proxy is told. `secrets` maps an upstream's name to its API key; it is never printed."""
+    """Everything the proxy is told. `secrets` maps an upstream's name to its API key, `proxies` to the URL of the outgoing
+    proxy its connections go through, whoever named that; neither is ever printed."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
@@ -94,7 +101,13 @@ class Settings(_Section):
     upstream: tuple[UpstreamSettings, ...] = ()
     model: tuple[ModelSettings, ...] = ()
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
 
+
+_NOT_IN_FILES = {
+    "secrets": "name an environment variable in api_key_env instead",
+    "proxies": "set `proxy` of an upstream instead",
+}
 
 _S = TypeVar("_S")
 
@@ -115,11 +128,10 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError([f"{path}: is not valid TOML: {error}"]) from None
     overridden = _override(data, environ, problems)
-    if "secrets" in data:
-        problems.append(
-            _at(path, text, ("secrets",), "unknown key; name an environment variable in api_key_env instead")
-        )
-        del data["secrets"]
+    for key, instead in _NOT_IN_FILES.items():
+        if key in data:
+            problems.append(_at(path, text, (key,), f"unknown key; {instead}"))
+            del data[key]
     settings = Settings()
     for is_last_try in (False, True):
         try:
@@ -146,9 +158,10 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
                 secrets[upstream.name] = secret
         except ConfigError as error:
             problems.append(_at(path, text, ("upstream", position), error.problems[0]))
+    proxies = _proxies(settings.upstream, environ, problems)
     if problems:
         raise ConfigError(problems)
-    return _with(settings, secrets=secrets)
+    return _with(settings, secrets=secrets, proxies=proxies)
 
 
 def with_upstreams(settings: Settings, upstreams: tuple[UpstreamSettings, ...], environ: Mapping[str, str]) -> Settings:
@@ -157,8 +170,9 @@ def with_upstreams(settings: Settings, upstreams: tuple[UpstreamSettings, ...], 
     for upstream in upstreams:
         if (secret := _secret(upstream, environ)) is not None:
             secrets[upstream.name] = secret
-    changed = _with(settings, upstream=upstreams, secrets=secrets)
-    problems = [_at(None, "", key_path, words) for key_path, words in _contradictions(changed)]
+    problems: list[str] = []
+    changed = _with(settings, upstream=upstreams, secrets=secrets, proxies=_proxies(upstreams, environ, problems))
+    problems += [_at(None, "", key_path, words) for key_path, words in _contradictions(changed)]
     if problems:
         raise ConfigError(problems)
     return changed
@@ -265,6 +279,89 @@ def _secret(upstream: UpstreamSettings, environ: Mapping[str, str]) -> str | Non
     return secret
 
 
+def _proxies(
+    upstreams: tuple[UpstreamSettings, ...], environ: Mapping[str, str], problems: list[str]
+) -> dict[str, str]:
+    """The URL of the outgoing proxy of each upstream that has one: its own `proxy`, or the one the environment names.
+
+    Of a variable's two spellings the lower-case one counts first, and ALL_PROXY comes last, as in curl
+    (https://curl.se/docs/manpage.html#ENVIRONMENT). A proxy that only the environment names is never used for this
+    machine itself, as in Go (https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config.ProxyFunc).
+    """
+    found: dict[str, str] = {}
+    for upstream in upstreams:
+        if upstream.proxy is not None:
+            if upstream.proxy != "none":
+                found[upstream.name] = upstream.proxy
+            continue
+        if upstream.unix_socket is not None or not _is_base_url(upstream.base_url):
+            continue
+        url = urlsplit(upstream.base_url)
+        host = (url.hostname or "").rstrip(".")
+        names = (f"{url.scheme}_proxy", f"{url.scheme}_PROXY".upper(), "all_proxy", "ALL_PROXY")
+        name = next((name for name in names if environ.get(name, "").strip()), None)
+        if name is None or is_loopback(host):
+            continue
+        port = url.port or (443 if url.scheme == "https" else 80)
+        if _is_excepted(host, port, environ.get("no_proxy") or environ.get("NO_PROXY") or ""):
+            continue
+        proxy = environ[name].strip()
+        # curl and Go read a bare host:port as http:// too.
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        found[upstream.name] = proxy
+        if (words := _wrong_with_proxy(proxy)) is not None:
+            problem = f"environment variable {name}: {words}"
+            # It is one mistake, however many upstreams it concerns.
+            if problem not in problems:
+                problems.append(problem)
+    return found
+
+
+def _is_excepted(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY takes a host out: `*`, an address, a network in CIDR notation, or a name, which stands for all
+    names below it too, whether `.` or `*.` comes before it or not. With a port it is about that port only.
+
+    The forms are those of https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config; that a leading dot makes no
+    difference is curl's reading (https://github.com/curl/curl/blob/master/lib/noproxy.c). What is neither is passed over.
+    """
+    try:
+        address = ip_address(host)
+    except ValueError:
+        address = None
+    for entry in re.split(r"[\s,]+", no_proxy.lower()):
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:]*):(\d+)", entry)
+        name = match[1] if match else entry
+        if not name or (match and int(match[2]) != port):
+            continue
+        if name == "*":
+            return True
+        if address is None:
+            name = name.removeprefix("*").strip(".")
+            if name and (host == name or host.endswith(f".{name}")):
+                return True
+            continue
+        try:
+            if address in ip_network(name.strip("[]"), strict=False):
+                return True
+        except ValueError:
+            continue
+    return False
+
+
+def _wrong_with_proxy(url: str) -> str | None:
+    """What keeps a URL from being an outgoing proxy's, in words that do not repeat it: it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        is_whole = bool(parts.scheme and parts.hostname) and parts.port != 0
+    except ValueError:
+        return "must be a URL like http://proxy.example.com:3128"
+    if is_whole and parts.scheme not in ("http", "https"):
+        return f"proxies of the kind {parts.scheme}:// are not supported: only http:// and https:// ones are"
+    if not is_whole or parts.path not in ("", "/") or parts.query or parts.fragment:
+        return "must be a URL like http://proxy.example.com:3128"
+    return None
+
+
 def _contradictions(settings: Settings) -> list[tuple[tuple[str | int, ...], str]]:
     """What is well-formed but cannot work."""
     found: list[tuple[tuple[str | int, ...], str]] = []
@@ -284,6 +381,7 @@ def _contradictions(settings: Settings) -> list[tuple[tuple[str | int, ...], str
             found.append((("upstream", position, "base_url"), "must be a URL like https://api.openai.com/v1"))
         if upstream.api_key_env and upstream.api_key_file:
             found.append((("upstream", position), "has both api_key_env and api_key_file: keep one"))
+        found += [(("upstream", position, *key), words) for key, words in _wrong_ways(upstream)]
     aliases = [model.name for model in settings.model]
     for position, model in enumerate(settings.model):
         if model.name in aliases[:position]:
@@ -295,6 +393,27 @@ def _contradictions(settings: Settings) -> list[tuple[tuple[str | int, ...], str
             elif settings.upstream and upstream_name not in names:
                 words = f"'{target}': no upstream is named '{upstream_name}'{_nearest(upstream_name, names)}"
                 found.append((("model", position, "targets"), words))
+    return found
+
+
+def _wrong_ways(upstream: UpstreamSettings) -> list[tuple[tuple[str, ...], str]]:
+    """What cannot work in the way to an upstream."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    if upstream.proxy not in (None, "none"):
+        if upstream.unix_socket is not None:
+            found.append(((), "has both proxy and unix_socket: keep one"))
+        if (words := _wrong_with_proxy(upstream.proxy or "")) is not None:
+            found.append((("proxy",), f'{words}, or "none"'))
+    if upstream.unix_socket is not None and len(bytes(upstream.unix_socket)) > _MAX_SOCKET_PATH_BYTES:
+        found.append((("unix_socket",), f"is longer than a socket's path can be, {_MAX_SOCKET_PATH_BYTES} bytes"))
+    if upstream.client_key_file is not None and upstream.client_cert_file is None:
+        found.append((("client_key_file",), "is of no use without client_cert_file"))
+    if _is_base_url(upstream.base_url) and urlsplit(upstream.base_url).scheme == "http":
+        found += [
+            ((name,), "is of no use with a base_url of http://, where nothing is encrypted")
+            for name in ("ca_file", "client_cert_file", "client_key_file")
+            if getattr(upstream, name) is not None
+        ]
     return found
 
 
@@ -321,7 +440,7 @@ def _known_keys(key_path: tuple[str | int, ...]) -> list[str]:
     of_table = {"server": ServerSettings, "store": StoreSettings, "streaming": StreamingSettings}
     if key_path:
         place = (of_list | of_table).get(str(key_path[0]), Settings)
-    return [known.name for known in fields(cast(Any, place)) if known.name != "secrets"]
+    return [known.name for known in fields(cast(Any, place)) if known.name not in _NOT_IN_FILES]
 
 
 def _nearest(name: str, known: list[str]) -> str:

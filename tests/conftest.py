@@ -1,4 +1,7 @@
-"""Fixtures: a scripted upstream, and the proxy before it, both on real sockets with a real database."""
+"""Fixtures: a scripted upstream, and the proxy before it, both on real sockets with a real database.
+
+And how many examples a property is tried on.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,21 @@ from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import settings
 
 from proxy.server.app import serving
 from proxy.settings import Settings, load
 from tests.fakes.upstream import FakeUpstream
+
+# `make fuzz` runs the property tests with the deep profile, `make test` with the default one.
+settings.register_profile("default", max_examples=100, deadline=None)
+settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile("default")
+
+
+def examples(count: int) -> settings:
+    """So many examples in the default profile, and in proportion in the deep one."""
+    return settings(max_examples=count * settings().max_examples // 100)
 
 
 class Ledger(io.TextIOBase):
@@ -46,6 +60,10 @@ class Proxy:
     base: str
     client: aiohttp.ClientSession
     ledger: Ledger
+
+    @property
+    def port(self) -> int:
+        return int(self.base.removesuffix("/v1").rpartition(":")[2])
 
     def post(self, path: str, body: Any, **options: Any) -> Any:
         data: Any = body if isinstance(body, bytes | aiohttp.FormData) else json.dumps(body).encode()

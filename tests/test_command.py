@@ -25,7 +25,13 @@ from tests.fakes.upstream import DONE, FakeUpstream, Received, Wire, answer, fin
 
 _LONG = 30
 _ROOT = Path(__file__).parents[1]
-_NOT_FOR_THE_CHILD = {provider.api_key_env for provider in PROVIDERS} | {"NOTIFY_SOCKET", "WATCHDOG_USEC"}
+_PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
+_NOT_FOR_THE_CHILD = (
+    {provider.api_key_env for provider in PROVIDERS}
+    | {"NOTIFY_SOCKET", "WATCHDOG_USEC"}
+    | _PROXIES
+    | {name.lower() for name in _PROXIES}
+)
 
 
 class Command:
@@ -329,6 +335,38 @@ async def test_check_shows_what_the_settings_say(tmp_path: Path) -> None:
         "headwater: the settings are good\n"
         "  upstream up: https://up.example/v1, models a-*, b\n"
         "  model fast -> up/a-1, up/b\n"
+    )
+
+
+async def test_check_shows_the_way_to_each_upstream(tmp_path: Path) -> None:
+    (tmp_path / "h.toml").write_text(
+        '[[upstream]]\nname = "far"\nbase_url = "https://up.example/v1"\n'
+        '[[upstream]]\nname = "near"\nbase_url = "https://lab.example/v1"\n'
+        '[[upstream]]\nname = "local"\nbase_url = "http://localhost/v1"\nunix_socket = "/run/llama.sock"\n'
+    )
+    environ = {"HTTPS_PROXY": "http://me:secret@proxy.example:3128", "NO_PROXY": "lab.example"}
+    code, out, error = await run(tmp_path, "check", "--config", "h.toml", **environ)
+    assert (code, error) == (0, "")
+    assert out == (
+        "headwater: the settings are good\n"
+        "  upstream far: https://up.example/v1 through http://proxy.example:3128, models *, no API key\n"
+        "  upstream near: https://lab.example/v1, models *, no API key\n"
+        "  upstream local: http://localhost/v1 at /run/llama.sock, models *, no API key\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["check", "serve", "probe"])
+async def test_files_that_cannot_be_used_are_named_before_anything_is_asked(tmp_path: Path, command: str) -> None:
+    (tmp_path / "h.toml").write_text(
+        "[server]\nport = 0\n"
+        '[[upstream]]\nname = "a"\nbase_url = "https://up.example/v1"\nca_file = "missing.pem"\n'
+        '[[upstream]]\nname = "b"\nbase_url = "https://up.example/v1"\nclient_cert_file = "h.toml"\n'
+    )
+    code, out, error = await run(tmp_path, command, "--config", "h.toml")
+    assert (code, out) == (2, "")
+    assert error == (
+        "headwater: upstream 'a': ca_file: missing.pem cannot be read: No such file or directory\n"
+        "headwater: upstream 'b': client_cert_file: h.toml and h.toml hold no certificate and key in PEM form\n"
     )
 
 

@@ -143,6 +143,19 @@ x = 1
         (UPSTREAM + f'api_key = "{SECRET}"\n', "c.toml:4: upstream[0].api_key"),
         (UPSTREAM + f'api_key_env = "{SECRET}"\n', "c.toml:"),  # the key, where its name belongs
         (f'[secrets]\na = "{SECRET}"\n', "c.toml:1: secrets"),
+        (f'[proxies]\na = "http://u:{SECRET}@x"\n', "c.toml:1: proxies"),
+        (UPSTREAM + f'proxy = "u:{SECRET}@x:3128"\n', "c.toml:4: upstream[0].proxy"),
+        (UPSTREAM + f'proxy = "socks5://u:{SECRET}@x"\n', "c.toml:4: upstream[0].proxy"),
+        (UPSTREAM + f'proxy = "http://u:{SECRET}@x/path"\n', "c.toml:4: upstream[0].proxy"),
+        (UPSTREAM + f'proxy = "http://u:{SECRET}@x:0"\n', "c.toml:4: upstream[0].proxy"),
+        (UPSTREAM + f'proxy = "http://u:{SECRET}@x:y"\n', "c.toml:4: upstream[0].proxy"),
+        (UPSTREAM + f'proxy = "http://u:{SECRET}@"\n', "c.toml:4: upstream[0].proxy"),
+        (UPSTREAM + 'proxy = ""\n', "c.toml:4: upstream[0].proxy"),
+        (UPSTREAM + 'proxy = "http://x"\nunix_socket = "/run/x"\n', "c.toml:1: upstream[0]: has both"),
+        (UPSTREAM + f'unix_socket = "/{"x" * 107}"\n', "c.toml:4: upstream[0].unix_socket"),
+        (UPSTREAM + 'ca_file = "/x"\n', "c.toml:4: upstream[0].ca_file: is of no use with a base_url of http://"),
+        (UPSTREAM + 'client_cert_file = "/x"\n', "c.toml:4: upstream[0].client_cert_file: is of no use"),
+        (UPSTREAM.replace("http", "https") + 'client_key_file = "/x"\n', "c.toml:4: upstream[0].client_key_file"),
         ("[server\n", "c.toml: is not valid TOML"),
         (f'key = "{SECRET}\n', "c.toml: is not valid TOML"),
     ],
@@ -256,11 +269,116 @@ def test_no_secret_is_printed(tmp_path: Path) -> None:
     (tmp_path / "key").write_text(SECRET + "\n")
     text = f'[[upstream]]\nname = "a"\nbase_url = "http://user:{SECRET}@x/v1"\n'
     text += f'[[upstream]]\nname = "b"\nbase_url = "http://x/v1"\napi_key_file = "{tmp_path / "key"}"\n'
+    text += f'proxy = "http://me:{SECRET}@proxy"\n'
     text += '[[upstream]]\nname = "c"\nbase_url = "http://x/v1"\napi_key_env = "KEY"\n'
     settings = loaded(tmp_path, text, {"KEY": SECRET})
     assert dict(settings.secrets) == {"b": SECRET, "c": SECRET}
+    assert dict(settings.proxies) == {"b": f"http://me:{SECRET}@proxy"}
     assert SECRET not in repr(settings)
     assert SECRET not in str(settings)
+
+
+REMOTE = "https://api.example.com/v1"
+PROXY = "http://me:secret@proxy.example:3128"
+
+
+def proxy_of(url: str, environ: dict[str, str], **fields: Any) -> str | None:
+    settings = with_upstreams(Settings(), (UpstreamSettings("up", url, **fields),), environ)
+    assert "secret" not in repr(settings)
+    return settings.proxies.get("up")
+
+
+@pytest.mark.parametrize(
+    ("url", "environ", "expected"),
+    [
+        (REMOTE, {"HTTPS_PROXY": PROXY}, PROXY),
+        (REMOTE, {"https_proxy": PROXY}, PROXY),
+        (REMOTE, {"https_proxy": PROXY, "HTTPS_PROXY": "http://other", "ALL_PROXY": "http://other"}, PROXY),
+        (REMOTE, {"https_proxy": " ", "HTTPS_PROXY": PROXY}, PROXY),
+        (REMOTE, {"HTTP_PROXY": PROXY, "NO_PROXY": ""}, None),
+        (REMOTE, {"ALL_PROXY": PROXY}, PROXY),
+        (REMOTE, {"all_proxy": PROXY, "ALL_PROXY": "http://other"}, PROXY),
+        (REMOTE, {"HTTPS_PROXY": "me:secret@proxy.example:3128"}, PROXY),
+        (REMOTE, {"HTTPS_PROXY": "https://proxy.example"}, "https://proxy.example"),
+        ("http://api.example.com/v1", {"HTTPS_PROXY": PROXY}, None),
+        ("http://api.example.com/v1", {"http_proxy": PROXY}, PROXY),
+        ("http://api.example.com/v1", {"HTTP_PROXY": PROXY, "ALL_PROXY": "socks5://other"}, PROXY),
+        ("http://192.168.1.20:8000/v1", {"HTTP_PROXY": PROXY}, PROXY),
+        ("http://localhost:11434/v1", {"ALL_PROXY": PROXY}, None),
+        ("http://localhost.:11434/v1", {"ALL_PROXY": PROXY}, None),
+        ("http://127.0.0.2:11434/v1", {"ALL_PROXY": PROXY}, None),
+        ("https://[::1]:11434/v1", {"ALL_PROXY": PROXY}, None),
+    ],
+)
+def test_the_environment_names_the_outgoing_proxy(url: str, environ: dict[str, str], expected: str | None) -> None:
+    assert proxy_of(url, environ) == expected
+
+
+def test_an_upstreams_own_proxy_goes_before_the_environments() -> None:
+    environ = {"ALL_PROXY": "http://other"}
+    assert proxy_of(REMOTE, environ, proxy=PROXY) == PROXY
+    assert proxy_of("http://127.0.0.1/v1", environ, proxy=PROXY) == PROXY
+    assert proxy_of(REMOTE, {"ALL_PROXY": "http://other", "NO_PROXY": "*"}, proxy=PROXY) == PROXY
+    assert proxy_of(REMOTE, environ, proxy="none") is None
+    assert proxy_of(REMOTE, environ, unix_socket=Path("/run/x")) is None
+    assert proxy_of(REMOTE, environ, unix_socket=Path("/run/x"), proxy="none") is None
+
+
+@pytest.mark.parametrize(
+    ("host", "no_proxy", "is_excepted"),
+    [
+        ("api.example.com", "*", True),
+        ("api.example.com", "other, *", True),
+        ("api.example.com", "api.example.com", True),
+        ("api.example.com", "API.Example.COM", True),
+        ("API.example.com", "api.example.com", True),
+        ("api.example.com.", "api.example.com", True),
+        ("api.example.com", "example.com", True),
+        ("api.example.com", ".example.com", True),
+        ("api.example.com", "*.example.com", True),
+        ("example.com", ".example.com", True),
+        ("api.example.com", "a.org example.com b.org", True),
+        ("api.example.com", "ample.com", False),
+        ("api.example.com", "i.example.com", False),
+        ("api.example.com", "api.example", False),
+        ("api.example.com", ",, ,.,*.", False),
+        ("api.example.com", "api.example.com:443", True),
+        ("api.example.com", "example.com:8443", False),
+        ("api.example.com:8443", "example.com:8443", True),
+        ("api.example.com:8443", "example.com:443", False),
+        ("api.example.com:8443", "*:8443", True),
+        ("10.1.2.3", "10.1.2.3", True),
+        ("10.1.2.3", "10.0.0.0/8", True),
+        ("10.1.2.3", "10.1.2.3/8", True),
+        ("10.1.2.3", "10.0.0.0/16", False),
+        ("10.1.2.3:8000", "10.1.2.3:8000", True),
+        ("10.1.2.3:8000", "10.1.2.3:80", False),
+        ("10.1.2.3", "2.3", False),
+        ("10.1.2.3", "10.1.2.3/99, 10.1.2.x", False),
+        ("api.example.com", "10.0.0.0/8", False),
+        ("[2001:db8::1]", "2001:db8::1", True),
+        ("[2001:db8::1]", "[2001:DB8::1]", True),
+        ("[2001:db8::1]", "2001:db8::/32", True),
+        ("[2001:db8::1]:8000", "[2001:db8::1]:8000", True),
+        ("[2001:db8::1]:8000", "[2001:db8::1]:80", False),
+        ("[2001:db8::1]", "10.0.0.0/8", False),
+    ],
+)
+def test_no_proxy_takes_hosts_out(host: str, no_proxy: str, is_excepted: bool) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        found = proxy_of(f"https://{host}/v1", {"ALL_PROXY": PROXY, name: no_proxy})
+        assert found == (None if is_excepted else PROXY)
+
+
+def test_a_proxy_of_the_environment_that_cannot_be_used_is_told_once_and_only_where_it_is_used(tmp_path: Path) -> None:
+    upstreams = "".join(f'[[upstream]]\nname = "{name}"\nbase_url = "{REMOTE}"\n' for name in "ab")
+    environ = {"ALL_PROXY": f"socks5://me:{SECRET}@proxy.example", "HTTP_PROXY": f"http://me:{SECRET}@x/path"}
+    assert problems(tmp_path, upstreams, environ) == [
+        "environment variable ALL_PROXY: proxies of the kind socks5:// are not supported: only http:// and https:// ones are"
+    ]
+    with pytest.raises(ConfigError, match="environment variable HTTP_PROXY: must be a URL"):
+        with_upstreams(Settings(), (UpstreamSettings("a", "http://x/v1"),), environ)
+    assert loaded(tmp_path, UPSTREAM, environ).proxies == {}
 
 
 def test_upstreams_from_elsewhere_take_the_place_of_those_in_the_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 toward the upstreams: connections, their pool, and one exchange of request and answer at a time.
+"""HTTP/1.1 toward the upstreams: a connection, and one exchange of request and answer after the other on it.
 
 Bytes are pushed: what `data_received` brings is parsed by httptools (llhttp, the parser of Node) and handed to the
 exchange's consumer in the same call, one call per read, with no task woken. An exchange that nobody consumes yet keeps
@@ -12,37 +12,31 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import zlib
-from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Protocol, cast
 
-import aiohappyeyeballs
 import httptools
 from multidict import CIMultiDict
 
 from proxy.errors import UpstreamError
+from proxy.upstream.coding import CodingError, Unpacker
+from proxy.upstream.tls import reason
 
 _MAX_HEAD_BYTES = 128 * 1024
 _HIGH_WATER_BYTES = 256 * 1024
-_UNPACKED_PIECE_BYTES = 1024 * 1024
 
-# A connection that was idle longer than this may just be being closed by the other side, and is not used again.
-_MAX_IDLE_S = 30.0
-_HAPPY_EYEBALLS_S = 0.25  # RFC 8305 §5
-
-_CODINGS = ("gzip", "x-gzip", "deflate")
+_CHUNKED = ["chunked"]
 
 
-class Origin(NamedTuple):
-    """Where a connection leads."""
+class Consumer(Protocol):
+    """Takes a body as it comes."""
 
-    host: str
-    port: int
-    is_tls: bool
+    def feed(self, data: bytes) -> bool:
+        """Take what one read brought; false: no more. What is raised is raised again by `Exchange.deliver`."""
+        ...
 
 
-Consume = Callable[[bytes], bool]
+class _Unsound(Exception):
+    """Raised inside the parser's callbacks, to refuse what llhttp would take."""
 
 
 class Exchange:
@@ -54,7 +48,6 @@ class Exchange:
 
     __slots__ = (
         "_connection",
-        "_consume",
         "_error",
         "_held",
         "_held_bytes",
@@ -62,23 +55,24 @@ class Exchange:
         "_unpacker",
         "_waiter",
         "headers",
-        "is_untouched",
         "status",
     )
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._consume: Consume | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._held: deque[bytes] = deque()
+        self._held: list[bytes] = []  # A deque would take 700 bytes, of every stream.
         self._held_bytes = 0
-        self._unpacker: _Unpacker | None = None
+        self._unpacker: Unpacker | None = None
         self._error: UpstreamError | None = None
         self._is_complete = False
         self.status = 0
         self.headers: CIMultiDict[str] = CIMultiDict()
-        self.is_untouched = True
+
+    @property
+    def is_untouched(self) -> bool:
         """Whether nothing at all was received."""
+        return not self._connection.head_bytes
 
     async def head(self) -> None:
         """Wait for status and headers."""
@@ -91,7 +85,7 @@ class Exchange:
         """The next bytes of the body, whatever has come; empty at its end."""
         while True:
             if self._held:
-                data = self._held.popleft()
+                data = self._held.pop(0)
                 self._held_bytes -= len(data)
                 if not self._held:
                     self._connection.resume_reading()
@@ -102,13 +96,19 @@ class Exchange:
                 raise self._error
             await self._wait()
 
-    async def deliver(self, consume: Consume) -> None:
-        """Hand every read to `consume`, as it comes, until the body ends or `consume` returns False.
+    def whole_body(self) -> bytes | None:
+        """The rest of the body, if all of it has come."""
+        if not self._is_complete:
+            return None
+        body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        self._held.clear()
+        self._held_bytes = 0
+        return body
 
-        What `consume` raises is raised here.
-        """
+    async def deliver(self, consumer: Consumer) -> None:
+        """Feed every read to `consumer`, as it comes, until the body ends or `feed` returns False."""
         while self._held:
-            if not consume(self._held.popleft()):
+            if not consumer.feed(self._held.pop(0)):
                 return
         self._held_bytes = 0
         self._connection.resume_reading()
@@ -116,11 +116,11 @@ class Exchange:
             return
         if self._error is not None:
             raise self._error
-        self._consume = consume
+        self._connection.consumer = consumer if self._unpacker is None else _Unpacking(self, self._unpacker, consumer)
         try:
             await self._wait()
         finally:
-            self._consume = None
+            self._connection.consumer = None
         # What _wait has been woken for: the end, an error, or the consumer's wish to stop.
         if self._error is not None:
             raise self._error
@@ -151,26 +151,29 @@ class Exchange:
     def on_head(self, status: int, headers: CIMultiDict[str]) -> None:
         self.status = status
         self.headers = headers
-        coding = headers.get("Content-Encoding", "identity").strip().lower()
-        if coding in _CODINGS:
+        if "Content-Encoding" in headers:
             # We ask for identity; who packs all the same is unpacked, and says so no longer.
-            self._unpacker = _Unpacker()
-            del headers["Content-Encoding"]
-        elif coding not in ("", "identity"):
-            self.on_error(f"Its answer is packed as '{coding[:20]}', which was not asked for.")
+            try:
+                self._unpacker = Unpacker(",".join(headers.popall("Content-Encoding")))
+            except CodingError as error:
+                self.on_error(str(error))
         self._wake()
 
     def on_body(self, data: bytes) -> None:
-        if self._unpacker is None:
-            self._give(data)
+        """Keep what nobody consumes yet."""
+        if self._error is not None:
             return
-        try:
-            for piece in self._unpacker.unpack(data):
-                self._give(piece)
-        except zlib.error:
-            self.on_error("Its answer is packed, and cannot be unpacked.")
+        if self._unpacker is None:
+            self.keep(data)
+        else:
+            _Unpacking(self, self._unpacker, None).feed(data)
 
     def on_end(self) -> None:
+        if self._unpacker is not None and self._error is None:
+            try:
+                self._unpacker.end()
+            except CodingError as error:
+                self.on_error(str(error))
         if self._error is None:
             self._is_complete = True
         self._wake()
@@ -180,80 +183,83 @@ class Exchange:
             self._error = UpstreamError(502, "upstream_broke", words)
         self._wake()
 
-    def _give(self, data: bytes) -> None:
-        if self._consume is None:
-            self._held.append(data)
-            self._held_bytes += len(data)
-            if self._held_bytes > _HIGH_WATER_BYTES:
-                self._connection.pause_reading()
+    def on_stop(self, error: Exception | None) -> None:
+        """The consumer wants no more or, with an error, could not go on: that is raised where `deliver` waits."""
+        self._connection.consumer = None
+        if error is None:
             self._wake()
-            return
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+
+    def keep(self, data: bytes) -> None:
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > _HIGH_WATER_BYTES:
+            self._connection.pause_reading()
+        self._wake()
+
+
+class _Unpacking:
+    """Between a packed body and its consumer; what nobody consumes, or not any more, the exchange keeps."""
+
+    __slots__ = ("_consumer", "_exchange", "_unpacker")
+
+    def __init__(self, exchange: Exchange, unpacker: Unpacker, consumer: Consumer | None) -> None:
+        self._exchange = exchange
+        self._unpacker = unpacker
+        self._consumer = consumer
+
+    def feed(self, data: bytes) -> bool:
         try:
-            wants_more = self._consume(data)
-        except Exception as error:  # It is raised again, in the task that waits in `deliver`.
-            self._consume = None
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_exception(error)
-            return
-        if not wants_more:
-            self._consume = None
-            self._wake()
+            for piece in self._unpacker.unpack(data):
+                if self._consumer is None:
+                    self._exchange.keep(piece)
+                elif not self._consumer.feed(piece):
+                    self._consumer = None
+        except CodingError as error:
+            self._exchange.on_error(str(error))
+            return False
+        return self._consumer is not None
 
 
-class _Unpacker:
-    """gzip and deflate, unpacked as they come, in pieces of bounded size."""
+class Keeper(Protocol):
+    """Who keeps a connection between two exchanges."""
 
-    __slots__ = ("_inflate",)
+    def put(self, connection: Connection) -> None:
+        """The connection is ready for another exchange."""
 
-    def __init__(self) -> None:
-        # 32: take the zlib or the gzip wrapper, whichever is there.
-        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
-
-    def unpack(self, data: bytes) -> list[bytes]:
-        pieces = []
-        while data:
-            if piece := self._inflate.decompress(data, _UNPACKED_PIECE_BYTES):
-                pieces.append(piece)
-            data = self._inflate.unconsumed_tail
-            if self._inflate.eof:
-                # Another member may follow (RFC 1952 §2.2).
-                data = self._inflate.unused_data
-                self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        return pieces
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
 
 
 class Connection(asyncio.Protocol):
-    """One connection to an origin, for one exchange after the other."""
+    """One connection, for one exchange after the other; between them it is its keeper's."""
 
     __slots__ = (
-        "_bodies",
+        "_body",
+        "_ended",
         "_exchange",
         "_has_no_body",
-        "_head_bytes",
         "_headers",
-        "_idle_since",
-        "_is_complete",
         "_is_paused",
+        "_keeper",
         "_keeps_alive",
-        "_loop",
+        "_more",
         "_parser",
-        "_pool",
         "_status",
         "_transport",
         "_until_close",
+        "consumer",
+        "head_bytes",
         "is_fresh",
-        "origin",
     )
 
-    def __init__(self, pool: Pool, origin: Origin) -> None:
-        self._pool = pool
-        self.origin = origin
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._is_paused = False
-        self._idle_since = 0.0
         self.is_fresh = True
         """Whether it has not carried an exchange yet."""
         self._begin()
@@ -280,17 +286,12 @@ class Connection(asyncio.Protocol):
         is_sent = self._transport.get_write_buffer_size() == 0
         if is_reusable and self._keeps_alive and is_sent and not self._transport.is_closing():
             self.resume_reading()
-            self._idle_since = self._loop.time()
-            self._pool.put(self)
+            self._keeper.put(self)
         else:
             self.abort()
 
-    def is_usable(self) -> bool:
-        return (
-            self._transport is not None
-            and not self._transport.is_closing()
-            and self._loop.time() - self._idle_since < _MAX_IDLE_S
-        )
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -306,15 +307,16 @@ class Connection(asyncio.Protocol):
             self._is_paused = False
             self._transport.resume_reading()
 
-    def _has_ended(self) -> bool:
-        return self._is_complete
-
     def _begin(self) -> None:
-        self._bodies: list[bytes] = []
+        self.consumer: Consumer | None = None
+        """Who takes the body as it comes; while there is nobody, the exchange keeps it."""
+        self.head_bytes = 0
+        self._body: bytes | None = None
+        self._more: list[bytes] = []
         self._headers: CIMultiDict[str] = CIMultiDict()
-        self._head_bytes = 0
         self._status = 0
-        self._is_complete = False
+        self._ended = 0
+        """1 when the answer is whole. No bool: mypy would not see that the parser's callbacks change it."""
         self._keeps_alive = False
         self._until_close = False
         self._has_no_body = False
@@ -326,24 +328,33 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
-        if exchange is None or self._parser is None or self._has_ended():
+        if exchange is None or self._parser is None or self._ended > 0:
             # Nobody asked for anything: whatever this is, it must not become the next answer.
             self.abort()
             return
-        exchange.is_untouched = False
         problem = ""
+        if not self._status:
+            self.head_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             problem = f"Its answer is malformed HTTP ({type(error).__name__})."
-        if not self._status:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
-                problem = "The head of its answer is too long."
-        if self._bodies:
-            bodies, self._bodies = self._bodies, []
-            exchange.on_body(bodies[0] if len(bodies) == 1 else b"".join(bodies))
-        if self._is_complete:
+        if not self._status and self.head_bytes > _MAX_HEAD_BYTES:
+            problem = "The head of its answer is too long."
+        if (body := self._body) is not None:
+            self._body = None
+            if self._more:
+                body = b"".join((body, *self._more))
+                self._more.clear()
+            if self.consumer is None:
+                exchange.on_body(body)
+            else:
+                try:
+                    if not self.consumer.feed(body):
+                        exchange.on_stop(None)
+                except Exception as error:  # It is raised again, in the task that waits in `deliver`.
+                    exchange.on_stop(error)
+        if self._ended:
             # Bytes behind the end are no part of this answer, and must not become the next one's.
             self._keeps_alive = self._keeps_alive and not problem
             exchange.on_end()
@@ -351,19 +362,26 @@ class Connection(asyncio.Protocol):
             exchange.on_error(problem)
 
     def eof_received(self) -> bool:
-        if self._exchange is not None and self._until_close and not self._is_complete:
-            self._is_complete = True
+        if self._exchange is not None and self._until_close and not self._ended:
+            self._ended = 1
             self._exchange.on_end()
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._pool.forget(self)
-        if self._exchange is not None and not self._is_complete:
+        self._keeper.forget(self)
+        if self._exchange is not None and not self._ended:
             broke = "It closed the connection without an answer."
+            if isinstance(error, ssl.SSLError):
+                # With TLS 1.3 a server looks at our certificate after the handshake (RFC 8446 §2).
+                broke = f"It broke off the TLS connection ({reason(error)})."
             self._exchange.on_error(broke if not self._status else "Its answer broke off.")
 
-    # Called by the parser.
+    # Called by the parser. What these raise stops it, and comes out of `feed_data` as an HttpParserError.
+
+    def on_message_begin(self) -> None:
+        if self._ended:
+            raise _Unsound
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
@@ -371,85 +389,35 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         assert self._parser is not None
         status = self._parser.get_status_code()
-        if 100 <= status < 200:
+        if status < 100 or status == 101:  # RFC 9110 §15: there is none below; and nobody asked for another protocol.
+            raise _Unsound
+        if status < 200:
             self._headers = CIMultiDict()
             return
-        self._status = status
         headers = self._headers
+        codings = headers.getall("Transfer-Encoding", _CHUNKED)
+        if codings != _CHUNKED and [coding.strip(" ").lower() for coding in codings] != _CHUNKED:
+            # llhttp takes any list that ends in chunked, and hands on what is still packed (RFC 9112 §6.1).
+            raise _Unsound
+        self._status = status
         if not self._has_no_body and status not in (204, 304):
             self._until_close = "Content-Length" not in headers and "Transfer-Encoding" not in headers
         if self._exchange is not None:
             self._exchange.on_head(status, headers)
         if self._has_no_body:
             # The parser does not know it, and would take the next answer for this one's body.
-            self._is_complete = True
+            self._ended = 1
 
     def on_body(self, body: bytes) -> None:
-        if not self._is_complete:
-            self._bodies.append(body)
+        if self._ended:
+            raise _Unsound
+        if self._body is None:
+            self._body = body
+        else:
+            self._more.append(body)
 
     def on_message_complete(self) -> None:
         if self._status:
             assert self._parser is not None
-            self._is_complete = True
+            self._ended = 1
             self._keeps_alive = self._parser.should_keep_alive() and not self._until_close
-
-
-class Pool:
-    """Connections that wait for their next exchange, by origin; the one used last is used first. No limit on their number.
-
-    `connect_timeout_s` bounds name, TCP and TLS together.
-    """
-
-    def __init__(self, connect_timeout_s: float, tls: ssl.SSLContext) -> None:
-        self._connect_timeout_s = connect_timeout_s
-        self._tls = tls
-        self._idle: dict[Origin, list[Connection]] = {}
-        self._all: set[Connection] = set()
-
-    async def get(self, origin: Origin, *, is_fresh: bool) -> Connection:
-        """A connection: one that was kept alive, unless it has to be a fresh one.
-
-        Raises OSError, ssl.SSLError or TimeoutError when none can be made.
-        """
-        idle = self._idle.get(origin)
-        while idle and not is_fresh:
-            connection = idle.pop()
-            if connection.is_usable():
-                return connection
-            connection.abort()
-        return await self._connect(origin)
-
-    def put(self, connection: Connection) -> None:
-        idle = self._idle.setdefault(connection.origin, [])
-        idle.append(connection)
-        # The oldest stands first: what has waited too long is let go one by one, as newer ones come back.
-        if not idle[0].is_usable():
-            idle.pop(0).abort()
-
-    def forget(self, connection: Connection) -> None:
-        self._all.discard(connection)
-        idle = self._idle.get(connection.origin)
-        if idle and connection in idle:
-            idle.remove(connection)
-
-    def close(self) -> None:
-        for connection in list(self._all):
-            connection.abort()
-
-    async def _connect(self, origin: Origin) -> Connection:
-        loop = asyncio.get_running_loop()
-        connection = Connection(self, origin)
-        async with asyncio.timeout(self._connect_timeout_s):
-            addresses = await loop.getaddrinfo(origin.host, origin.port, type=1)
-            socket = await aiohappyeyeballs.start_connection(
-                addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_S, loop=loop
-            )
-            await loop.create_connection(
-                lambda: connection,
-                sock=socket,
-                ssl=self._tls if origin.is_tls else None,
-                server_hostname=origin.host if origin.is_tls else None,
-            )
-        self._all.add(connection)
-        return connection

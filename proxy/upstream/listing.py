@@ -77,11 +77,9 @@ class Listing:
         self._routes.set_listed(upstream.name, tuple(models))
 
     async def _fetch(self, upstream: Upstream) -> Any:
-        watch = Watch(heartbeat_s=0, total_s=_PATIENCE_S, on_silence=lambda: None)
-        with watch:
-            async with await self._session.ask(
-                upstream, "GET", "/models", None, {"Accept": "application/json"}, watch
-            ) as reply:
+        start = self._session.request_start(upstream, "GET", "/models", {"Accept": "application/json"})
+        with Watch(self._session.wheel, heartbeat_s=0, total_s=_PATIENCE_S, on_silence=lambda: None) as watch:
+            async with await self._session.ask(upstream, start, (), None, watch) as reply:
                 if reply.status != 200:
                     raise await reply.error()
                 return loads(await reply.read_all(_MAX_LIST_BYTES))

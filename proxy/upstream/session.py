@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ssl
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import TracebackType
 from typing import Literal
 from urllib.parse import unquote, urlsplit
@@ -22,8 +22,12 @@ from proxy import __version__
 from proxy.dialects.openai import error_from_response
 from proxy.errors import UpstreamError
 from proxy.settings import Settings, UpstreamSettings
-from proxy.upstream.http1 import Exchange, Origin, Pool
-from proxy.upstream.watch import Watch
+from proxy.upstream.endpoint import Endpoint
+from proxy.upstream.http1 import Consumer, Exchange
+from proxy.upstream.pool import Origin, Pool
+from proxy.upstream.tls import TlsContexts
+from proxy.upstream.tunnel import OutgoingProxy, outgoing_proxy
+from proxy.upstream.watch import Watch, Wheel
 
 _MAX_ERROR_BYTES = 256 * 1024
 _SNIFF_BYTES = 6
@@ -45,11 +49,17 @@ class Upstream:
     credential: str
 
 
-def ready(settings: UpstreamSettings, secret: str | None) -> Upstream:
+def ready(
+    settings: UpstreamSettings, secret: str | None, contexts: TlsContexts, proxy: OutgoingProxy | None
+) -> Upstream:
     """The upstream that the settings describe, with its credentials put into its headers."""
     url = urlsplit(settings.base_url)
-    host = url.hostname or ""
-    is_tls = url.scheme == "https"
+    endpoint = Endpoint(
+        host=url.hostname or "",
+        port=url.port or (443 if url.scheme == "https" else 80),
+        tls=contexts.of(settings),
+        unix_socket=str(settings.unix_socket) if settings.unix_socket is not None else None,
+    )
     headers = {
         "Host": url.netloc.rpartition("@")[2],
         "User-Agent": f"headwater/{__version__}",
@@ -65,16 +75,24 @@ def ready(settings: UpstreamSettings, secret: str | None) -> Upstream:
         secrets = (*secrets, token)
     return Upstream(
         name=settings.name,
-        origin=Origin(host, url.port or (443 if is_tls else 80), is_tls),
+        origin=Origin(settings.name, endpoint, proxy),
         base_path=url.path.rstrip("/"),
         stream=settings.stream,
         head="".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(),
-        secrets=secrets,
+        secrets=(*secrets, *(proxy.secrets if proxy is not None else ())),
         credential=hashlib.sha256(repr(secrets).encode()).hexdigest()[:8] if secrets else "none",
     )
 
 
 Kind = Literal["events", "json", "other"]
+
+
+@lru_cache(maxsize=256)
+def _kind_of(content_type: str) -> Kind | None:
+    content_type = content_type.partition(";")[0].strip().lower()
+    if content_type == "text/event-stream":
+        return "events"
+    return "json" if content_type.endswith(("/json", "+json")) else None
 
 
 class Reply:
@@ -98,11 +116,9 @@ class Reply:
 
     async def kind(self) -> Kind:
         """What the body is: by its content type or, where that says nothing, by its first bytes."""
-        content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if content_type == "text/event-stream":
-            return "events"
-        if content_type.endswith(("/json", "+json")):
-            return "json"
+        return _kind_of(self.headers.get("Content-Type", "")) or await self._sniff()
+
+    async def _sniff(self) -> Kind:
         read = start = b""
         while len(start) < _SNIFF_BYTES and len(read) < _MAX_BLANK_BYTES and (data := await self.read()):
             read += data
@@ -133,6 +149,8 @@ class Reply:
 
     async def read_all(self, max_bytes: int) -> bytes:
         """The rest of the body. UpstreamError past `max_bytes`."""
+        if self._first is None and (body := self._exchange.whole_body()) is not None and len(body) <= max_bytes:
+            return body
         parts: list[bytes] = []
         size = 0
         while part := await self.read():
@@ -143,14 +161,14 @@ class Reply:
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def deliver(self, consume: Callable[[bytes], bool]) -> None:
-        """Hand every read to `consume` as it comes, until the body ends or `consume` returns False."""
+    async def deliver(self, consumer: Consumer) -> None:
+        """Feed every read to `consumer` as it comes, until the body ends or `feed` returns False."""
         if self._first is not None:
             first, self._first = self._first, None
-            if first and not consume(first):
+            if first and not consumer.feed(first):
                 return
         try:
-            await self._exchange.deliver(consume)
+            await self._exchange.deliver(consumer)
         except asyncio.CancelledError:
             self._watch.raise_if_expired()
             raise
@@ -175,6 +193,8 @@ class Reply:
 
     async def read_to_end(self) -> None:
         """Read the little that may stand behind `[DONE]`, so that the connection can be used again; not for long."""
+        if self._exchange.whole_body() is not None:
+            return
         try:
             async with asyncio.timeout(_TRAILING_S):
                 for _ in range(16):
@@ -193,71 +213,78 @@ class Reply:
 
 
 class UpstreamSession:
-    """All upstreams of one configuration, over one pool of connections. Made and closed on the event loop."""
+    """All upstreams of one configuration, each with its pool of connections. Made and closed on the event loop.
+
+    ConfigError when a file with certificates or keys cannot be used.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        contexts = TlsContexts(settings.upstream)
+        proxies = {name: outgoing_proxy(url, contexts) for name, url in settings.proxies.items()}
         self.upstreams = {
-            upstream.name: ready(upstream, settings.secrets.get(upstream.name)) for upstream in settings.upstream
+            upstream.name: ready(upstream, settings.secrets.get(upstream.name), contexts, proxies.get(upstream.name))
+            for upstream in settings.upstream
         }
-        self._pool = Pool(settings.streaming.connect_timeout_s, ssl.create_default_context())
+        self.wheel = Wheel()
+        self._pools = {
+            name: Pool(upstream.origin, settings.streaming.connect_timeout_s)
+            for name, upstream in self.upstreams.items()
+        }
+
+    def request_start(self, upstream: Upstream, method: str, path: str, headers: Mapping[str, str]) -> bytes:
+        """The part of a request's head that many requests have in common. `path` is below the base URL."""
+        first = f"{method} {upstream.base_path}{path} HTTP/1.1\r\n".encode()
+        return first + upstream.head + _lines(headers.items())
 
     async def ask(
-        self, upstream: Upstream, method: str, path: str, body: bytes | None, headers: Mapping[str, str], watch: Watch
+        self,
+        upstream: Upstream,
+        start: bytes,
+        headers: Iterable[tuple[str, str]],
+        body: bytes | None,
+        watch: Watch,
+        *,
+        has_no_body: bool = False,
     ) -> Reply:
-        """Send a request and wait for the head of its answer, whatever its status. `path` is below the base URL.
+        """Send a request and wait for the head of its answer, whatever its status.
 
-        A request that died on a kept-alive connection before anything was received is sent once more: the upstream
-        had closed that connection and could not have seen it. Never after anything else, for it might be done twice.
+        `start` comes from `request_start`; `has_no_body` says that the answer has none, as to HEAD. A request that died
+        on a kept-alive connection before anything was received is sent once more: the upstream had closed that
+        connection and could not have seen it. Never after anything else, for it might be done twice.
         """
-        head = _head(upstream, method, path, body, headers)
+        head = start + _lines(headers)
+        head += b"\r\n" if body is None else b"Content-Length: %d\r\n\r\n" % len(body)
+        pool = self._pools[upstream.name]
+        is_repeat = False
+        exchange: Exchange | None = None
         try:
-            return await self._exchange(upstream, head, body or b"", method == "HEAD", watch)
+            while True:
+                connection = None if is_repeat else pool.take()
+                if connection is None:
+                    connection = await pool.connect()
+                exchange = connection.start(head, body or b"", has_no_body=has_no_body)
+                try:
+                    await exchange.head()
+                except UpstreamError as error:
+                    is_repeat = exchange.is_untouched and not connection.is_fresh
+                    exchange.close()
+                    if is_repeat:
+                        continue
+                    error.message = f"The upstream '{upstream.name}' broke: {error.message}"
+                    raise
+                return Reply(exchange, upstream, watch)
         except asyncio.CancelledError:
+            if exchange is not None:
+                exchange.close()
             watch.raise_if_expired()
             raise
 
-    async def _exchange(self, upstream: Upstream, head: bytes, body: bytes, has_no_body: bool, watch: Watch) -> Reply:
-        is_repeat = False
-        while True:
-            try:
-                connection = await self._pool.get(upstream.origin, is_fresh=is_repeat)
-            except (OSError, TimeoutError) as error:
-                raise _not_reached(upstream, error) from error
-            is_stale = not connection.is_fresh
-            exchange = connection.start(head, body, has_no_body=has_no_body)
-            try:
-                await exchange.head()
-            except UpstreamError as error:
-                exchange.close()
-                if is_stale and exchange.is_untouched:
-                    is_repeat = True
-                    continue
-                error.message = f"The upstream '{upstream.name}' broke: {error.message}"
-                raise
-            except asyncio.CancelledError:
-                exchange.close()
-                raise
-            return Reply(exchange, upstream, watch)
-
     async def close(self) -> None:
-        self._pool.close()
+        self.wheel.close()
+        for pool in self._pools.values():
+            pool.close()
 
 
-def _head(upstream: Upstream, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
-    """A request's head. The values come from a parsed request or from us, and hold no line end."""
-    has_length = body is not None or method in ("POST", "PUT", "PATCH")
-    length = f"Content-Length: {len(body or b'')}\r\n" if has_length else ""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    first = f"{method} {upstream.base_path}{path} HTTP/1.1\r\n"
-    return first.encode() + upstream.head + f"{lines}{length}\r\n".encode("utf-8", "surrogateescape")
-
-
-def _not_reached(upstream: Upstream, error: BaseException) -> UpstreamError:
-    """What kept us from a connection, without the address: it may hold credentials, and the client need not know it."""
-    match error:
-        case TimeoutError():
-            words = f"The upstream '{upstream.name}' did not accept a connection in time."
-            return UpstreamError(504, "connect_timeout", words)
-        case ssl.SSLError():
-            return UpstreamError(502, "upstream_tls_error", f"No trusted connection to the upstream '{upstream.name}'.")
-    return UpstreamError(502, "upstream_unreachable", f"The upstream '{upstream.name}' cannot be reached.")
+def _lines(headers: Iterable[tuple[str, str]]) -> bytes:
+    """Header lines. The values come from a parsed request or from us, and hold no line end."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("utf-8", "surrogateescape")

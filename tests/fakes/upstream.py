@@ -17,6 +17,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,11 +37,12 @@ class Received:
 
 @dataclass
 class Wire:
-    """The connection a request came on, to answer on as one likes."""
+    """The connection a request came on, to answer on as one likes. `asked` is how many came on it until now."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     is_open: bool = True
+    asked: int = 0
 
     async def send(self, data: bytes) -> None:
         """These very bytes, in a segment of their own."""
@@ -89,9 +91,10 @@ Play = Callable[[Received, Wire], Awaitable[None]]
 
 @dataclass
 class FakeUpstream:
-    """A server on a free port of the loopback. `url` is its base URL; `requests` what it was asked."""
+    """A server on a free port of the loopback, or on a Unix socket. `url` is its base URL; `requests` what it was asked."""
 
     tls: ssl.SSLContext | None = None
+    unix_socket: Path | None = None
     requests: list[Received] = field(default_factory=list)
     connections: int = 0
 
@@ -99,8 +102,14 @@ class FakeUpstream:
         self._plays: list[Play] = [stream(role(), text("Hello"), finish())]
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked = asyncio.Condition()
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self.tls, limit=2**26)
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        self.port = 0
+        if self.unix_socket is not None:
+            self._server = await asyncio.start_unix_server(self._connected, self.unix_socket, ssl=self.tls, limit=2**26)
+        else:
+            self._server = await asyncio.start_server(
+                self._connected, "127.0.0.1", 0, ssl=self.tls, limit=2**26, backlog=2048
+            )
+            self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
         return self
 
@@ -118,7 +127,7 @@ class FakeUpstream:
 
     async def asked(self, times: int) -> None:
         """Wait until that many chat requests (and others, but not the list of models) have arrived in all."""
-        async with self._asked:
+        async with asyncio.timeout(20), self._asked:
             await self._asked.wait_for(lambda: len(self.requests) >= times)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -134,6 +143,7 @@ class FakeUpstream:
                 if request.path.endswith("/models"):
                     await models("model-a", "model-b")(request, wire)
                     continue
+                wire.asked += 1
                 self.requests.append(request)
                 async with self._asked:
                     self._asked.notify_all()
@@ -251,6 +261,19 @@ def refuse(
 
 def models(*names: str) -> Play:
     return answer({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "fake"} for name in names]})
+
+
+async def echo(request: Received, wire: Wire) -> None:
+    """Answers every question with its own words, in two events or in one body."""
+    body = request.json()
+    question = body["messages"][-1]["content"]
+    if body.get("stream"):
+        await stream(role(), text("answer to "), text(question), finish(), usage())(request, wire)
+    else:
+        message = {"role": "assistant", "content": f"answer to {question}"}
+        await answer({**COMPLETION, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})(
+            request, wire
+        )
 
 
 class Silence:

@@ -66,9 +66,9 @@ _UNSOUND = {
     "a chunk cut short": says(b"HTTP/1.1 200 OK\r\n" + _JSON + _CHUNKED + b"\r\n" + _IN_CHUNKS[:50], closes=True),
     "an endless head": says(b"HTTP/1.1 200 OK\r\n", *[b"X-Padding: " + b"x" * 8000 + b"\r\n"] * 40),
     "no HTTP": says(b"SSH-2.0-OpenSSH_9.2\r\n"),
-    "nothing": says(closes=True),
+    "next to nothing": says(b"H", closes=True),
     "a coding that was not asked for": says(
-        b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\n" + _JSON + _LENGTH + b"\r\n" + _BODY
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: compress\r\n" + _JSON + _LENGTH + b"\r\n" + _BODY
     ),
 }
 
