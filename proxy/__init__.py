@@ -7,7 +7,8 @@ contract, `make floors` checks it). From the top:
     server/                                  HTTP faces: routes, errors to responses, bytes to clients
     pipeline.py                              one call's journey: read this file first
     pump.py                                  from the upstream's socket to the log, read by read
-    answerlog.py  tasks.py  encoders.py      what a call leans on: the log of an answer, tasks, tokenizers
+    answerlog.py  tasks.py  encoders.py      what a call leans on: the log of an answer, tasks, counting tokens
+    tokenizer.py                             the process that counts them
     upstream/  store/                        the ways out: to upstreams, to SQLite
     dialects/  policy/                       what an API speaks; what to do (decisions without effects)
     wire/                                    bytes to meaning and back: SSE, chunks, JSON, headers
@@ -16,4 +17,4 @@ contract, `make floors` checks it). From the top:
     errors.py                                whose fault it is
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

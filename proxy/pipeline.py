@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,8 @@ class _Run:
     is_given_up: bool = False
     is_stopping: bool = False
     http_status: int = 200
-    answer: list[bytes] | dict[str, Any] = field(default_factory=list)
+    answer: list[bytes] | bytes = field(default_factory=list)
+    is_counted: bool = False
 
 
 def _give_up(task: asyncio.Task[Any], run: _Run) -> None:
@@ -108,6 +109,8 @@ class Pipeline:
         self._encoders = encoders
         self._tasks = tasks
         self._report = report
+        self._starts: dict[tuple[str, bool], bytes] = {}
+        """What the requests to an upstream begin with: those for a stream, and those for one body."""
         self._verdicts: dict[Key, asyncio.Future[None]] = {}
         self._live: dict[asyncio.Task[Any], _Run] = {}
         self._unfinished = 0
@@ -117,8 +120,10 @@ class Pipeline:
     # ------------------------------------------------------------------ receive, plan
 
     def start(self, call_id: str, request: ChatRequest, headers: tuple[tuple[str, str], ...]) -> AnswerLog:
-        """Begin a call. The log is to be read (`log.reading()`) before anything else is awaited: a call that nobody
-        reads is cancelled. ClientError when no upstream serves the model."""
+        """Begin a call. Its log is to be joined by a reader, and a call that its last reader leaves is cancelled.
+
+        ClientError when no upstream serves the model.
+        """
         targets = self.routes.resolve(request.model)
         call = Call(call_id, request, targets, asyncio.get_running_loop().time(), headers)
         log = AnswerLog(self._streaming.max_answer_bytes)
@@ -126,7 +131,7 @@ class Pipeline:
         producer = self._tasks.spawn(self._produce(call, log, run), "call")
         self._live[producer] = run
         self._is_idle.clear()
-        log.on_abandoned = lambda: _give_up(producer, run)
+        log.on_left = lambda: None if log.is_closed else _give_up(producer, run)
         return log
 
     @property
@@ -138,16 +143,14 @@ class Pipeline:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._is_idle.wait(), timeout_s)
 
-    @contextmanager
-    def delivering(self) -> Iterator[None]:
-        """While the block lasts somebody still reads an answer, though the call that produced it may be settled."""
+    def begin_delivery(self) -> None:
+        """Somebody still writes an answer, though the call that produced it may be settled: until `end_delivery`."""
         self._unfinished += 1
         self._is_idle.clear()
-        try:
-            yield
-        finally:
-            self._unfinished -= 1
-            self._note_idle()
+
+    def end_delivery(self) -> None:
+        self._unfinished -= 1
+        self._note_idle()
 
     def _note_idle(self) -> None:
         if not self._live and not self._unfinished:
@@ -161,6 +164,7 @@ class Pipeline:
 
     async def _produce(self, call: Call, log: AnswerLog, run: _Run) -> None:
         watch = Watch(
+            self.session.wheel,
             heartbeat_s=self._streaming.heartbeat_interval_s if call.request.wants_stream else 0,
             total_s=self._streaming.total_timeout_s,
             on_silence=log.ping,
@@ -273,12 +277,14 @@ class Pipeline:
         else:
             limit_s, code = self._streaming.whole_answer_timeout_s, "whole_answer_timeout"
         watch.limit(limit_s, code, f"The upstream '{upstream.name}' gave no answer within {limit_s:g} s.")
-        headers = dict(call.forward_headers)
-        headers["Content-Type"] = "application/json"
-        headers["Accept"] = "text/event-stream" if ask.stream else "application/json"
-        headers["x-request-id"] = call.id
+        start = self._starts.get((upstream.name, ask.stream))
+        if start is None:
+            accept = "text/event-stream" if ask.stream else "application/json"
+            headers = {"Content-Type": "application/json", "Accept": accept}
+            start = self.session.request_start(upstream, "POST", CHAT_PATH, headers)
+            self._starts[upstream.name, ask.stream] = start
         body = chat_body(call.request, target.model, ask)
-        return await self.session.ask(upstream, "POST", CHAT_PATH, body, headers, watch)
+        return await self.session.ask(upstream, start, (*call.forward_headers, ("x-request-id", call.id)), body, watch)
 
     # ------------------------------------------------------------------ take what came
 
@@ -303,12 +309,13 @@ class Pipeline:
     ) -> None:
         """The upstream streams: pass its events on as they come, or keep them for a client that wants one body."""
         request = call.request
+        request.parsed.forget()
         normalizer = Normalizer(self._expected(call), self._streaming.max_answer_bytes)
         run.mode = Mode.RELAY if request.wants_stream else Mode.WHOLE
         pump = Pump(normalizer, log, watch, self._streaming.idle_timeout_s, commits=request.wants_stream)
         log.source = reply
         try:
-            await reply.deliver(pump.feed)
+            await reply.deliver(pump)
             if not pump.is_over:
                 pump.end()
         except EventTooLarge as error:
@@ -330,23 +337,26 @@ class Pipeline:
                 502, "upstream_error", "The upstream sent an error without a message."
             )
         if not (normalizer.has_finish or (normalizer.is_done and normalizer.is_meaningful)):
+            if pump.rest:
+                log.append(pump.rest)
             raise UpstreamError(502, "upstream_broke", "The upstream's stream ended before the answer was whole.")
         if normalizer.malformed:
             _log.warning(
                 "%s: %s sent %d malformed events; they were left out", call.id, run.target, normalizer.malformed
             )
         run.is_whole = normalizer.has_finish
-        self._learn_from_stream(key, ask, normalizer, run, pump.last_event_at - run.started)
         if request.wants_usage or not request.wants_stream:
             if run.usage is None:
-                run.usage = await self._encoders.estimate(run.model, request.body, log.segments)
-            log.append(normalizer.usage_event(run.usage))
+                await self._count(run, request, [*log.segments, pump.rest])
+            pump.rest += normalizer.usage_event(run.usage)
         if request.wants_stream:
-            log.append(DONE)
+            log.finish(pump.rest + DONE)
         else:
-            run.answer = completion = await self._off_loop(log.size, assemble, log.segments)
+            log.append(pump.rest)
+            completion = await self._off_loop(log.size, assemble, log.segments)
             log.put_whole(dumps(completion))
-        log.finish()
+            log.finish()
+        self._learn_from_stream(key, ask, normalizer, run, pump.said_at - run.started)
         if normalizer.is_done:
             await reply.read_to_end()
 
@@ -354,13 +364,12 @@ class Pipeline:
         return self.session.upstreams[key.upstream].secrets
 
     def _expected(self, call: Call) -> Expected:
-        options = call.request.body.get("stream_options") or {}
         return Expected(
             fallback_id=f"chatcmpl-{call.id}",
             created=int(time.time()),
             model=call.request.model,
             choices=call.request.choices,
-            wants_running_usage=bool(options.get("continuous_usage_stats")),
+            wants_running_usage=call.request.wants_running_usage,
         )
 
     async def _take_whole(
@@ -390,7 +399,7 @@ class Pipeline:
         except ValueError as problem:
             words = f"The upstream's answer is no completion: {problem}."
             raise UpstreamError(502, "bad_upstream_answer", words) from None
-        run.answer = completion
+        run.answer = body
         run.usage = read_usage(completion)
         run.is_whole = bool(completion["choices"]) and all(
             choice.get("finish_reason") is not None for choice in completion["choices"]
@@ -409,20 +418,24 @@ class Pipeline:
                 )
         run.mode = Mode.SYNTHESIS
         stream = await self._off_loop(len(body), lambda: b"".join(split(completion)))
-        # A stream that is too long to be kept is still a status now.
-        log.append(stream)
-        log.commit()
         if request.wants_usage:
             if run.usage is None:
-                run.usage = await self._encoders.estimate(run.model, request.body, completion)
-            chunk = {name: completion[name] for name in ("id", "created", "model")}
-            chunk |= {
-                "object": "chat.completion.chunk",
-                "choices": [],
-                "usage": value.get("usage") or run.usage.as_json(),
-            }
-            log.append(data_event(dumps(chunk)))
-        log.append(DONE)
+                # Counting takes its time, and the answer need not wait for it.
+                log.append(stream)
+                log.commit()
+                stream = b""
+                await self._count(run, request, body)
+            if usage := value.get("usage") or (run.usage and run.usage.as_json()):
+                chunk = {name: completion[name] for name in ("id", "created", "model")}
+                chunk |= {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+                stream += data_event(dumps(chunk))
+        # A stream that is too long to be kept is still a status now.
+        log.finish(stream + DONE)
+
+    async def _count(self, run: _Run, request: ChatRequest, answer: list[bytes] | bytes) -> None:
+        """Count the tokens that nobody told, off the loop. Their number stays unknown where that fails, and nothing else does."""
+        run.usage = await self._encoders.estimate(run.model, request, answer)
+        run.is_counted = True
 
     async def _off_loop(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
         """Do CPU work here when it is short, in a thread when it would hold up everybody else."""
@@ -467,7 +480,7 @@ class Pipeline:
             run.http_status = error.status
         elif status is Status.CANCELLED:
             run.http_status = 499  # nginx's name for a client that closed its connection
-        if request is not None and run.usage is None and run.ttft_s is not None and run.answer:
+        if request is not None and run.usage is None and not run.is_counted and run.ttft_s is not None and run.answer:
             self._unfinished += 1
             self._tasks.spawn(self._report_estimated(run, request, status, error, duration_s), "estimate tokens")
         else:
@@ -477,9 +490,9 @@ class Pipeline:
     async def _report_estimated(
         self, run: _Run, request: ChatRequest, status: Status, error: ProxyError | None, duration_s: float
     ) -> None:
-        """The report of a call whose tokens nobody told: counted off the loop, after the client has its answer."""
+        """The report of a call whose tokens nobody told: counted after the client has its answer."""
         try:
-            run.usage = await self._encoders.estimate(run.model, request.body, run.answer)
+            await self._count(run, request, run.answer)
         finally:
             self._report(self._outcome(run, status, error, duration_s))
             self._unfinished -= 1
@@ -523,7 +536,9 @@ class Pipeline:
         self._live[task] = run
         self._is_idle.clear()
         upstream = self.session.upstreams[target.upstream]
-        watch = Watch(heartbeat_s=0, total_s=self._streaming.total_timeout_s, on_silence=lambda: None)
+        watch = Watch(
+            self.session.wheel, heartbeat_s=0, total_s=self._streaming.total_timeout_s, on_silence=lambda: None
+        )
         status: Status = Status.INTERNAL_ERROR
         error: ProxyError | None = None
         try:
@@ -532,7 +547,11 @@ class Pipeline:
                 message = f"The upstream '{upstream.name}' gave no answer within {limit_s:g} s."
                 watch.limit(limit_s, "whole_answer_timeout", message)
                 run.attempts = 1
-                async with await self.session.ask(upstream, method, path, body, headers, watch) as reply:
+                start = self.session.request_start(upstream, method, path, headers)
+                if body is None and method in ("POST", "PUT", "PATCH"):
+                    body = b""
+                is_head = method == "HEAD"
+                async with await self.session.ask(upstream, start, (), body, watch, has_no_body=is_head) as reply:
                     if reply.status >= 300:
                         raise await reply.error()
                     limit_s = self._streaming.idle_timeout_s

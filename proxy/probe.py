@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+from proxy.answerlog import read_to_end
 from proxy.chat import Outcome, Target
 from proxy.errors import ProxyError
 from proxy.policy.capabilities import Key, Topic
@@ -76,8 +77,7 @@ async def _call(parts: Parts, call_id: str, target: Target, limit: str) -> None:
     body = {"model": str(target), "messages": [{"role": "user", "content": "Hi"}], "stream": True, limit: 1}
     log = parts.pipeline.start(call_id, parse_chat_request(dumps(body)), ())
     try:
-        with log.reading():
-            await log.wait_closed()
+        await read_to_end(log)
     finally:
         # The report comes a moment after the answer.
         await parts.pipeline.drained(_REPORT_S)

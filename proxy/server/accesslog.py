@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from typing import Literal, TextIO
 
 from proxy.chat import Outcome
@@ -39,8 +40,11 @@ class AccessLog:
             return
         self._waiting.append(outcome)
         if not self._is_writing:
-            self._is_writing = True
-            self._timer = asyncio.get_running_loop().call_later(_GATHER_S, self._start_writing)
+            self._gather()
+
+    def _gather(self) -> None:
+        self._is_writing = True
+        self._timer = asyncio.get_running_loop().call_later(_GATHER_S, self._start_writing)
 
     def _start_writing(self) -> None:
         lines, self._waiting = self._waiting, []
@@ -52,8 +56,7 @@ class AccessLog:
         writing.exception()  # A log that cannot be written is nobody's failed call.
         self._is_writing = False
         if self._waiting:
-            self._is_writing = True
-            self._start_writing()
+            self._gather()
 
     def _write(self, outcomes: list[Outcome], dropped: int) -> None:
         lines = [self._line(outcome) for outcome in outcomes]
@@ -73,23 +76,34 @@ class AccessLog:
         self._thread.shutdown(wait=False)
 
 
+_second = (0, "")
+
+
 def _now() -> str:
+    """The time as RFC 3339 has it; the part down to the second is made once a second."""
+    global _second
     now = time.time()
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+    second = int(now)
+    if _second[0] != second:
+        _second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
+    return f"{_second[1]}.{int((now - second) * 1000):03d}Z"
 
 
 def _text_line(outcome: Outcome) -> str:
-    ttft = f"{outcome.ttft_s * 1000:.0f}" if outcome.ttft_s is not None else "-"
+    ttft = "-" if outcome.ttft_s is None else int(outcome.ttft_s * 1000 + 0.5)
     usage = outcome.usage
-    tokens = f"{'~' if usage.estimated else ''}{usage.prompt}+{usage.completion}" if usage is not None else "-"
+    tokens = "-" if usage is None else f"{'~' if usage.estimated else ''}{usage.prompt}+{usage.completion}"
     error = f" error={_quoted(outcome.error)}" if outcome.error else ""
+    target = outcome.target
     return (
-        f"{_now()} call {outcome.call_id} model={_quoted(outcome.model)} target={_quoted(str(outcome.target or '-'))} "
+        f"{_now()} call {outcome.call_id} model={_quoted(outcome.model)} "
+        f"target={'-' if target is None else _quoted(str(target))} "
         f"mode={outcome.mode} status={outcome.status} http={outcome.http_status} attempts={outcome.attempts} "
-        f"ttft_ms={ttft} duration_ms={outcome.duration_s * 1000:.0f} tokens={tokens}{error}\n"
+        f"ttft_ms={ttft} duration_ms={int(outcome.duration_s * 1000 + 0.5)} tokens={tokens}{error}\n"
     )
 
 
+@lru_cache(maxsize=1024)
 def _quoted(name: str) -> str:
     """A name that a client chose, so that it cannot forge a line or a field."""
     return name if name.isascii() and name.isprintable() and " " not in name and name else ascii(name)

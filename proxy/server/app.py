@@ -17,6 +17,8 @@ from proxy.pipeline import Pipeline
 from proxy.policy.routing import Routes
 from proxy.server import admin, openai
 from proxy.server.accesslog import AccessLog
+from proxy.server.connection import Runner
+from proxy.server.door import Door
 from proxy.server.middleware import around, before_head
 from proxy.server.state import STATE, State
 from proxy.settings import Settings
@@ -28,6 +30,9 @@ from proxy.upstream.session import UpstreamSession
 
 _REFRESH_EVERY_S = 5.0
 _LAST_WORDS_S = 1.0
+
+# The last calls are counted before they are reported, and the tokenizer may have to be started for that: 0.6 s.
+_LAST_REPORTS_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,11 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
             yield Parts(pipeline, capabilities, Listing(session, routes), tasks)
         finally:
             pipeline.stop()
-            await pipeline.drained(_LAST_WORDS_S)
+            await pipeline.drained(_LAST_REPORTS_S)
             await capabilities.close()
             await tasks.close()
             await session.close()
-            encoders.close()
+            await encoders.close()
     finally:
         await connection.close()
 
@@ -76,9 +81,13 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
     try:
         async with parts(settings, report) as made:
             loop = asyncio.get_running_loop()
-            state = State(settings, made.pipeline, made.capabilities, made.listing, report, loop.time)
-            runner = web.AppRunner(
-                make_app(state), handler_cancellation=True, access_log=None, shutdown_timeout=_LAST_WORDS_S
+            state = State(settings, made.pipeline, made.capabilities, made.listing, made.tasks, report, loop.time)
+            runner = Runner(
+                make_app(state),
+                Door(state, openai.CHAT_PATH, openai.chat_completions),
+                handler_cancellation=True,
+                access_log=None,
+                shutdown_timeout=_LAST_WORDS_S,
             )
             await runner.setup()
             try:
@@ -106,7 +115,7 @@ def make_app(state: State) -> web.Application:
     app.on_response_prepare.append(before_head)
     app.add_routes(
         [
-            web.post("/v1/chat/completions", openai.chat_completions),
+            web.post(openai.CHAT_PATH, openai.misplaced_chat),
             web.get("/v1/models", openai.list_models),
             web.get("/v1/models/{model:.+}", openai.get_model),
             web.get("/health", admin.health),

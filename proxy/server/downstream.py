@@ -1,101 +1,294 @@
-"""The client's connection: answers written as they come, in one transport write per read of the upstream.
+"""Answers on their way to the client: heads, framing, errors as bodies, and the end of each.
 
-`StreamResponse.write` is a coroutine and can only be awaited; the log pushes by plain calls. So the body is framed here
-and written to the transport that `StreamResponse.prepare` hands out. What this leans on in aiohttp is public but
-unpromised: `prepare` returns the payload writer, with `transport`, `protocol.writing_paused`, `chunked`, `drain`, and a
-`write` that does not wait when told not to drain; a test holds it to that, and to the one private name, `_LateHead`'s.
+A stream's bytes are framed and written to the client's transport inside the call that brings them, head and first
+events in one write, last events and the end in one write. Heads are put together from parts that are prepared once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
-from typing import Any, cast
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from http.client import responses
+from typing import Any
 
 from aiohttp import web
-from aiohttp.http_writer import HttpVersion11, StreamWriter
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.http_writer import HttpVersion11
+from aiohttp.streams import StreamReader
 
-from proxy.answerlog import AnswerLog, Reader
+from proxy import __version__
+from proxy.answerlog import AnswerLog, BodyReader
+from proxy.answerlog import StreamReader as LogReader
 from proxy.errors import ProxyError
+from proxy.server.connection import ClientConnection
+from proxy.tasks import Tasks
 from proxy.wire.encoding import dumps
-from proxy.wire.headers import STREAM_HEADERS
+from proxy.wire.headers import STREAM_HEADERS, header_lines
+
+SERVER = f"headwater/{__version__}"
+
+# What a refused client still sends is read for so long, so that it gets to read our answer before a reset.
+_LINGER_S = 10.0
 
 
-class _LateHead(web.StreamResponse):
-    """A response whose head waits for its first bytes, so that both leave in one write, as aiohttp does for `Response`."""
+def _first_part(status: int, headers: Mapping[str, str]) -> bytes:
+    # An upstream's status may be one that nobody has registered.
+    phrase = responses.get(status, "")
+    return f"HTTP/1.1 {status} {phrase}\r\nServer: {SERVER}\r\n".encode() + header_lines(headers)
 
-    _send_headers_immediately = False
+
+_STREAM_HEAD = _first_part(200, STREAM_HEADERS)
+_CHUNKED = b"Transfer-Encoding: chunked\r\n"
+_JSON = {"Content-Type": "application/json"}
+_JSON_HEAD = _first_part(200, _JSON)
+_CLOSE = b"Connection: close\r\n"
+_KEEP_ALIVE = b"Connection: keep-alive\r\n"
+
+# How most chunks begin (RFC 9112 §7.1): formatting the size takes longer than all else that is done to a chunk here.
+_SIZE_LINES = tuple(b"%x\r\n" % size for size in range(4096))
+
+_date = (0, b"")
 
 
-class StreamSink:
-    """A client that reads a stream. Bytes to a connection that is closing go nowhere, without a word."""
+def _date_line() -> bytes:
+    """The `Date` header (RFC 9110 §6.6.1), made anew once a second."""
+    global _date
+    now = int(time.time())
+    if _date[0] != now:
+        _date = (now, time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(now)).encode())
+    return _date[1]
 
-    __slots__ = ("_has_head", "_is_chunked", "_protocol", "_transport", "_writer")
 
-    def __init__(self, writer: StreamWriter) -> None:
-        self._writer = writer
-        self._protocol = writer.protocol
-        self._transport = writer.transport
-        self._is_chunked = writer.chunked
-        self._has_head = False
+class Downstream:
+    """The answer to one request that was taken from a connection: a log's stream, its one body, or an error.
+
+    `headers` go out with it, whatever it is. `on_over` is called once, when it is written or cannot be written any more.
+    A client that takes nothing for `send_timeout_s` is cut off.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_is_chunked",
+        "_is_ended",
+        "_is_full",
+        "_is_http11",
+        "_keeps_alive",
+        "_log",
+        "_needs_head",
+        "_on_over",
+        "_payload",
+        "_reader",
+        "_send_timeout_s",
+        "_task",
+        "_tasks",
+        "_timer",
+        "_transport",
+        "headers",
+    )
+
+    def __init__(
+        self,
+        connection: ClientConnection,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        tasks: Tasks,
+        send_timeout_s: float,
+        on_over: Callable[[], None],
+    ) -> None:
+        self._connection = connection
+        transport = connection.transport
+        assert transport is not None
+        self._transport = transport
+        self._is_chunked = self._is_http11 = message.version >= HttpVersion11
+        self._keeps_alive = not message.should_close
+        self._payload = None if payload.is_eof() else payload
+        self._tasks = tasks
+        self._send_timeout_s = send_timeout_s
+        self._on_over = on_over
+        self._log: AnswerLog | None = None
+        self._reader: LogReader | BodyReader | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._needs_head = True
+        self._is_ended = False
+        self._is_full = False
+        self.headers: dict[str, str] = {}
+        connection.begin(self)
+
+    # What is to be answered: one of these.
+
+    def receive(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, which waits for the rest of the request, before the answer; it ends when the client leaves."""
+        self._task = self._tasks.spawn(work, "receive")
+
+    def send_continue(self) -> None:
+        """Tell the client to send its body (RFC 9110 §10.1.1)."""
+        self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def stream(self, log: AnswerLog) -> None:
+        """Deliver the log as an event stream, as it grows."""
+        self._log = log
+        reader = LogReader(log, self)
+        if not self._is_ended:
+            self._reader = reader
+
+    def whole(self, log: AnswerLog) -> None:
+        """Deliver the log's one body, when it is closed."""
+        self._log = log
+        reader = BodyReader(log, self._send_whole)
+        if not self._is_ended:
+            self._reader = reader
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer with an error."""
+        status, headers, body = error_parts(error)
+        self._send_body(_first_part(status, headers), body)
+
+    # As the log's sink.
 
     def write(self, segment: bytes) -> bool:
         transport = self._transport
-        if transport is not None and not transport.is_closing():
-            if self._has_head:
-                transport.write(b"%x\r\n%b\r\n" % (len(segment), segment) if self._is_chunked else segment)
-            else:
-                self._has_head = True
-                # A coroutine that has nothing to wait for: it joins the head to these bytes, and is through at once.
-                with suppress(StopIteration):
-                    self._writer.write(segment, drain=False).send(None)
-        return not self._protocol.writing_paused
+        if self._needs_head:
+            self._needs_head = False
+            transport.write(self._stream_head() + self._frame(segment))
+        elif self._is_chunked and len(segment) < 4096:
+            transport.write(_SIZE_LINES[len(segment)] + segment + b"\r\n")
+        elif self._is_chunked:
+            transport.write(self._frame(segment))
+        else:
+            transport.write(segment)
+        return not self._is_full
 
-    async def drained(self) -> None:
-        await self._writer.drain()
+    def end(self, last: bytes) -> None:
+        tail = self._frame(last) if last else b""
+        if self._is_chunked:
+            tail += b"0\r\n\r\n"
+        if self._needs_head:
+            self._needs_head = False
+            tail = self._stream_head() + tail
+        if tail:
+            self._transport.write(tail)
+        self._finish()
+
+    def _frame(self, segment: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(segment), segment) if self._is_chunked else segment
+
+    def _stream_head(self) -> bytes:
+        assert self._log is not None
+        if self._is_chunked:
+            framing = _CHUNKED if self._keeps_alive else _CHUNKED + _CLOSE
+        else:
+            # No chunks there: only the end of the connection says where the stream ends.
+            self._keeps_alive = False
+            framing = _CLOSE
+        lines = header_lines(self.headers) + header_lines(self._log.headers)
+        return b"%b%b%b%b\r\n" % (_STREAM_HEAD, framing, _date_line(), lines)
+
+    # One body.
+
+    def _send_whole(self) -> None:
+        log = self._log
+        assert log is not None
+        if log.failure is not None:
+            self.refuse(log.failure)
+            return
+        assert log.whole is not None
+        self._send_body(_JSON_HEAD + header_lines(log.headers), log.whole)
+
+    def _send_body(self, first_part: bytes, body: bytes) -> None:
+        connection = b""
+        if not self._keeps_alive:
+            connection = _CLOSE
+        elif not self._is_http11:
+            connection = _KEEP_ALIVE
+        head = b"%bContent-Length: %d\r\n%b%b%b\r\n" % (
+            first_part,
+            len(body),
+            connection,
+            _date_line(),
+            header_lines(self.headers),
+        )
+        self._transport.write(head + body)
+        self._finish()
+
+    # The end, and what comes between.
+
+    def broken(self) -> None:
+        """The rest of the request's body will never come."""
+        if self._payload is not None and not self._payload.is_eof():
+            self._payload.set_exception(web.RequestPayloadError("The body is malformed."))
+
+    def filled(self) -> None:
+        """There is no room in the transport any more. A client that leaves it so for too long is cut off."""
+        self._is_full = True
+        self._timer = asyncio.get_running_loop().call_later(self._send_timeout_s, self._connection.cut)
+
+    def drained(self) -> None:
+        """There is room in the transport again."""
+        self._is_full = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._is_ended:
+            self._hand_back()
+        elif isinstance(self._reader, LogReader):
+            self._reader.resume()
+
+    def lost(self) -> None:
+        """The client has gone."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        if not self._is_ended and self._reader is not None:
+            self._reader.leave()
+        self._on_over()
+
+    def _finish(self) -> None:
+        """Everything is written; see it go out, and the rest of the request come in, before the next one is answered."""
+        self._is_ended = True
+        self._reader = None
+        if not self._is_full:
+            self._hand_back()
+
+    def _hand_back(self) -> None:
+        if self._payload is not None and not self._payload.is_eof():
+            self._task = self._tasks.spawn(self._linger(self._payload), "linger")
+            return
+        self._on_over()
+        self._connection.answered(keeps_alive=self._keeps_alive)
+
+    async def _linger(self, payload: StreamReader) -> None:
+        """Read and forget what a refused client still sends, for a while: a reset would take our answer from it."""
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                while await payload.readany():
+                    continue
+        except (TimeoutError, web.RequestPayloadError):
+            self._keeps_alive = False
+        self._on_over()
+        self._connection.answered(keeps_alive=self._keeps_alive)
 
 
-async def send_stream(
-    request: web.Request, log: AnswerLog, reader: Reader, send_timeout_s: float
-) -> web.StreamResponse:
-    """Send a log as an event stream, from its first event to its end. Raises its failure while there is no status yet.
-
-    A client that takes nothing for `send_timeout_s` is cut off.
-    """
-    await log.wait_opened()
-    response = _LateHead(headers={**STREAM_HEADERS, **log.headers})
-    if request.version < HttpVersion11:
-        # No chunks there: only the end of the connection says where the stream ends.
-        response.force_close()
-    writer = cast(StreamWriter, await response.prepare(request))
-    try:
-        await reader.deliver(StreamSink(writer), send_timeout_s)
-    except TimeoutError:
-        cut(request)
-        raise asyncio.CancelledError from None
-    await response.write_eof()
-    return response
+def error_parts(error: ProxyError) -> tuple[int, dict[str, str], bytes]:
+    """An error as status, headers and body: OpenAI's envelope, and in a header whose fault it is."""
+    headers = {**_JSON, "x-headwater-error-source": error.source}
+    if error.retry_after is not None:
+        headers["Retry-After"] = error.retry_after
+    return error.status, headers, dumps(error.envelope())
 
 
-async def send_whole(log: AnswerLog) -> web.Response:
-    """A log as one JSON body, when it is closed. Raises its failure."""
-    await log.wait_closed()
-    return web.Response(body=log.whole, content_type="application/json", headers=log.headers)
+def json_response(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=dumps(value), status=status, content_type="application/json")
+
+
+def error_response(error: ProxyError) -> web.Response:
+    status, headers, body = error_parts(error)
+    return web.Response(body=body, status=status, headers=headers)
 
 
 def cut(request: web.Request) -> None:
     """End the connection in mid-answer: the only way to say, behind the status, that the rest is missing."""
     if request.transport is not None:
         request.transport.abort()
-
-
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(body=dumps(value), status=status, content_type="application/json", headers=headers)
-
-
-def error_response(error: ProxyError) -> web.Response:
-    """An error as OpenAI's envelope, with whose fault it is in a header."""
-    headers = {"x-headwater-error-source": error.source}
-    if error.retry_after is not None:
-        headers["Retry-After"] = error.retry_after
-    return json_response(error.envelope(), error.status, headers)

@@ -7,14 +7,15 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from proxy.chat import Mode, Outcome, Status
 from proxy.errors import ClientError, OverloadedError, ProxyError
-from proxy.server.downstream import cut, error_response
+from proxy.server.downstream import SERVER, cut, error_response
 from proxy.server.state import STATE, State
 from proxy.settings import is_loopback
 
@@ -51,44 +52,64 @@ _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
 _OPEN_WHILE_DRAINING = frozenset(("/health", "/ready"))
 
 
+def visit_of(headers: Mapping[str, str]) -> Visit:
+    """A new visit. The client's `x-request-id` is kept when it is a plain short word, so that it cannot forge log lines."""
+    given = headers.get("x-request-id", "")
+    call_id = given if _GOOD_ID(given) else new_id()
+    return Visit(call_id, {"x-request-id": call_id})
+
+
+def admit(state: State, visit: Visit, path: str, headers: Mapping[str, str]) -> None:
+    """Refuse what may not come in: pages of strange origins, and calls while the proxy stops. Raises ProxyError."""
+    if "Origin" in headers:
+        visit.headers |= _cors(headers, state)
+    if state.is_draining and path not in _OPEN_WHILE_DRAINING:
+        raise OverloadedError("shutting_down", "The proxy is shutting down.", retry_after_s=5)
+
+
+def failure_of(error: Exception, state: State, visit: Visit, what: str) -> ProxyError:
+    """The error as the client is to see it. One that is not ours is a bug: it is logged, and its words stay here."""
+    match error:
+        case ProxyError():
+            return error
+        case web.HTTPRequestEntityTooLarge():
+            limit = f"{state.settings.server.max_body_mb:g} MB"
+            return ClientError(413, "request_too_large", f"The body is larger than {limit}.")
+        case web.RequestPayloadError():
+            return ClientError(400, "invalid_body", "The body is broken: its chunks or its coding cannot be read.")
+        case web.HTTPException():
+            if "Allow" in error.headers:
+                visit.headers["Allow"] = error.headers["Allow"]
+            code = "method_not_allowed" if error.status == 405 else "not_found"
+            return ClientError(error.status, code, f"{what} is not served here.")
+    _log.error("%s: %s failed", visit.id, what, exc_info=error)
+    return ProxyError(500, "internal_error", "The proxy failed.")
+
+
+def report_refused(state: State, visit: Visit, failure: ProxyError, started: float) -> None:
+    """Book a request that was refused before a call was made of it."""
+    if not visit.is_call:
+        state.report(_refused(visit.id, failure, state.now() - started))
+
+
 @web.middleware
 async def around(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Give the request its id, refuse what may not come in, and answer errors.
-
-    The client's `x-request-id` is kept when it is a plain short word, so that it cannot forge log lines.
-    """
+    """Give the request its id, refuse what may not come in, and answer errors."""
     state = request.app[STATE]
-    given = request.headers.get("x-request-id", "")
-    call_id = given if _GOOD_ID(given) else new_id()
-    visit = request[VISIT] = Visit(call_id, {"x-request-id": call_id})
+    visit = request[VISIT] = visit_of(request.headers)
     started = state.now()
     try:
-        if "Origin" in request.headers:
-            visit.headers |= _cors(request, state)
-            if request.method == "OPTIONS":
-                return web.Response(status=204)
-        if state.is_draining and request.path not in _OPEN_WHILE_DRAINING:
-            raise OverloadedError("shutting_down", "The proxy is shutting down.", retry_after_s=5)
+        admit(state, visit, request.path, request.headers)
+        if request.method == "OPTIONS" and "Origin" in request.headers:
+            return web.Response(status=204)
         return await handler(request)
-    except ProxyError as error:
-        failure = error
-    except web.HTTPRequestEntityTooLarge:
-        limit = f"{state.settings.server.max_body_mb:g} MB"
-        failure = ClientError(413, "request_too_large", f"The body is larger than {limit}.")
-    except web.HTTPException as error:
-        words = f"{request.method} {request.path} is not served here."
-        code = "method_not_allowed" if error.status == 405 else "not_found"
-        failure = ClientError(error.status, code, words)
-        if "Allow" in error.headers:
-            visit.headers["Allow"] = error.headers["Allow"]
     except ConnectionError:
         # Upstreams' failures are mapped to ours: this is the client's connection, and nobody is left to answer.
         raise asyncio.CancelledError from None
-    except Exception:
-        _log.exception("%s: %s %s failed", call_id, request.method, request.path)
-        failure = ProxyError(500, "internal_error", "The proxy failed.")
-    if not visit.is_call and request.path.startswith("/v1/"):
-        state.report(_refused(call_id, failure, state.now() - started))
+    except Exception as error:
+        failure = failure_of(error, state, visit, f"{request.method} {request.path}")
+    if request.path.startswith("/v1/"):
+        report_refused(state, visit, failure, started)
     if visit.is_answered:
         cut(request)
         raise asyncio.CancelledError
@@ -100,16 +121,21 @@ async def before_head(request: web.Request, response: web.StreamResponse) -> Non
     if (visit := request.get(VISIT)) is not None:
         visit.is_answered = True
         response.headers.update(visit.headers)
+        response.headers["Server"] = SERVER
+        if response.status != 101 and request.headers.get("Upgrade", "").lower() == "websocket":
+            # aiohttp takes nothing behind such a request for another one, upgraded or not.
+            response.force_close()
+            response.headers["Connection"] = "close"
 
 
-def _cors(request: web.Request, state: State) -> dict[str, str]:
+def _cors(headers: Mapping[str, str], state: State) -> dict[str, str]:
     """The headers for a browser's request from another origin. ClientError 403 for an origin that is not allowed.
 
     A page anywhere on the web can send requests to a proxy on the visitor's own machine; only the `Origin` header tells.
     """
-    origin = request.headers["Origin"]
+    origin = headers["Origin"]
     # The Host header is the page's word too: a name that a stranger has pointed at this machine is no page of ours.
-    if origin == f"{request.scheme}://{request.host}" and is_loopback(request.url.host or ""):
+    if origin == f"http://{headers.get('Host', '')}" and is_loopback(_host_of(origin)):
         return {}
     allowed = state.settings.server.cors_origins
     if origin not in allowed and "*" not in allowed:
@@ -117,13 +143,18 @@ def _cors(request: web.Request, state: State) -> dict[str, str]:
     return {
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-        "Access-Control-Allow-Headers": request.headers.get(
-            "Access-Control-Request-Headers", "authorization, content-type"
-        ),
+        "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers", "authorization, content-type"),
         "Access-Control-Expose-Headers": "x-request-id, x-headwater-target, x-headwater-error-source, retry-after",
         "Access-Control-Max-Age": "600",
         "Vary": "Origin",
     }
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
 
 
 _STATUS = {ClientError: Status.CLIENT_ERROR, OverloadedError: Status.REJECTED}

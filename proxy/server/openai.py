@@ -13,24 +13,29 @@ from multidict import CIMultiDict
 from proxy.chat import Target
 from proxy.dialects.openai import encode
 from proxy.errors import ClientError, UpstreamError
-from proxy.server.downstream import cut, json_response, send_stream, send_whole
-from proxy.server.middleware import VISIT
+from proxy.server.downstream import Downstream, cut, json_response
+from proxy.server.middleware import VISIT, Visit
 from proxy.server.state import STATE, State
 from proxy.wire.headers import STREAM_HEADERS, downstream_headers, header_value, upstream_headers
 from proxy.wire.requests import parse_chat_request, parse_object, required_model
 
+CHAT_PATH = "/v1/chat/completions"
 
-async def chat_completions(request: web.Request) -> web.StreamResponse:
+
+def chat_completions(state: State, visit: Visit, headers: Mapping[str, str], body: bytes, down: Downstream) -> None:
     """POST /v1/chat/completions"""
-    state = request.app[STATE]
-    chat = parse_chat_request(await request.read())
-    visit = request[VISIT]
-    log = state.pipeline.start(visit.id, chat, upstream_headers(request.headers.items()))
+    chat = parse_chat_request(body)
+    log = state.pipeline.start(visit.id, chat, upstream_headers(headers))
     visit.is_call = True
-    with state.pipeline.delivering(), log.reading() as reader:
-        if chat.wants_stream:
-            return await send_stream(request, log, reader, state.settings.streaming.send_timeout_s)
-        return await send_whole(log)
+    if chat.wants_stream:
+        down.stream(log)
+    else:
+        down.whole(log)
+
+
+async def misplaced_chat(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions, sent at once behind a request for an upgrade: all others come through the door."""
+    raise ClientError(400, "misplaced_request", "Nothing is answered behind a request to upgrade the connection.")
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
@@ -59,7 +64,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     if ".." in unquote(request.rel_url.raw_path).replace("\\", "/").split("/"):
         raise ClientError(404, "not_found", "This path is not served here.")
     visit = request[VISIT]
-    headers = dict(upstream_headers(request.headers.items()))
+    headers = dict(upstream_headers(request.headers))
     headers |= {name: value for name in ("Accept", "Content-Type") if (value := request.headers.get(name)) is not None}
     headers["x-request-id"] = visit.id
     visit.is_call = True

@@ -11,6 +11,7 @@ from proxy.chat import Outcome
 from proxy.pipeline import Pipeline
 from proxy.settings import Settings
 from proxy.store.capabilities import CapabilityStore
+from proxy.tasks import Tasks
 from proxy.upstream.listing import Listing
 
 
@@ -22,6 +23,7 @@ class State:
     pipeline: Pipeline
     capabilities: CapabilityStore
     listing: Listing
+    tasks: Tasks
     report: Callable[[Outcome], None]
     now: Callable[[], float]
     is_draining: bool = False

@@ -71,12 +71,15 @@ async def test_a_body_that_can_be_read_but_not_written_anew_is_refused(upstream:
     members = b'"model":"model-a","messages":[{"role":"user","content":"Hi"}],"x":' + nested
     upstream.plays(answer())
 
-    error = await refused(proxy, b'{"stream":true,' + members + b"}")
+    error = await refused(proxy, b'{"stream":true,"stream_options":{},' + members + b"}")
     assert error["code"] == "invalid_json"
 
-    async with proxy.post("/chat/completions", b"{" + members + b"}") as response:
-        assert response.status == 200
-    assert upstream.requests[0].body == b"{" + members + b"}"
+    for body in (b"{" + members + b"}", b'{"stream":true,' + members + b"}"):
+        async with proxy.post("/chat/completions", body) as response:
+            assert response.status == 200
+    untouched, with_usage = [request.body for request in upstream.requests]
+    assert untouched == b"{" + members + b"}"
+    assert with_usage == b'{"stream_options":{"include_usage":true},"stream":true,' + members + b"}"
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"17", b'"model-a"', b"true"])

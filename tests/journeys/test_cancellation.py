@@ -13,12 +13,12 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proxy.answerlog import AnswerLog, BodyReader, StreamReader
 from proxy.chat import ChatRequest, Outcome, Status
 from proxy.errors import ProxyError
 from proxy.server.app import Parts, parts
@@ -93,6 +93,32 @@ async def made(tmp_path: Path, upstream: FakeUpstream, books: Books) -> AsyncIte
     assert all(len(outcomes) == 1 for outcomes in books.outcomes.values())
 
 
+class Client:
+    """The only reader of a call: of its stream, or of its one body."""
+
+    def __init__(self, log: AnswerLog, *, is_stream: bool) -> None:
+        self.is_over = asyncio.Event()
+        self._reader = StreamReader(log, self) if is_stream else BodyReader(log, self._end)
+
+    def leave(self) -> None:
+        if not self.is_over.is_set():
+            self._reader.leave()
+
+    def write(self, segment: bytes) -> bool:
+        assert not self.is_over.is_set()
+        return True
+
+    def end(self, last: bytes) -> None:
+        self._end()
+
+    def refuse(self, error: ProxyError) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        assert not self.is_over.is_set(), "there is one end"
+        self.is_over.set()
+
+
 def _request(model: str, *, is_stream: bool) -> ChatRequest:
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "stream": is_stream}
     return parse_chat_request(json.dumps(body).encode())
@@ -126,16 +152,16 @@ async def _give_up(made: Parts, books: Books, call: str, give_up: Callable[[], N
         call_id = f"call-{turns}"
         # A model of its own each time, so that nothing is known of it.
         log = made.pipeline.start(call_id, _request(model or f"model-{turns}", is_stream=is_stream), ())
-        is_over = False
-        with log.reading():
-            for _ in range(turns):
-                await asyncio.sleep(0)
-                is_over = is_over or log.is_closed
-            if give_up is not None:
-                give_up()
-                async with asyncio.timeout(_LONG):
-                    with suppress(ProxyError):
-                        await log.wait_closed()
+        client = Client(log, is_stream=is_stream)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        is_over = client.is_over.is_set()
+        if give_up is None:
+            client.leave()
+        else:
+            give_up()
+            async with asyncio.timeout(_LONG):
+                await client.is_over.wait()
         outcomes.append(await books.of(call_id))
         assert log.is_closed
         if is_over:
@@ -183,12 +209,12 @@ async def test_those_who_wait_for_what_a_call_finds_out_are_not_left_waiting_whe
         model = f"model-{turns}"
         first = made.pipeline.start(f"first-{turns}", _request(model, is_stream=True), ())
         second = made.pipeline.start(f"second-{turns}", _request(model, is_stream=True), ())
-        with second.reading():
-            with first.reading():
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-            async with asyncio.timeout(_LONG):
-                await second.wait_closed()
+        leaving, staying = Client(first, is_stream=True), Client(second, is_stream=True)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        leaving.leave()
+        async with asyncio.timeout(_LONG):
+            await staying.is_over.wait()
         assert (await books.of(f"second-{turns}")).status is Status.OK
         assert (await books.of(f"first-{turns}")).status in (Status.CANCELLED, Status.OK)
 

@@ -388,7 +388,7 @@ async def test_an_error_of_our_own_is_told_without_detail(
     settings = make_settings(tmp_path, upstream.url)
     async with parts(settings, rows.append) as made:
         now = asyncio.get_running_loop().time
-        app = make_app(State(settings, made.pipeline, made.capabilities, made.listing, rows.append, now))
+        app = make_app(State(settings, made.pipeline, made.capabilities, made.listing, made.tasks, rows.append, now))
         app.router.add_get("/boom", boom)
         server = test_utils.TestServer(app)
         with caplog.at_level(logging.ERROR):

@@ -1,18 +1,29 @@
-"""The client's side of HTTP: framing for every kind of client, kept connections, and what is relied on in aiohttp."""
+"""The client's side of HTTP: framing for every kind of client, kept connections, and what goes out in one write."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
-from aiohttp.http_writer import StreamWriter
 
-from tests.conftest import Proxy
+from proxy import __version__
+from proxy.chat import Outcome
+from proxy.server.app import make_app, parts
+from proxy.server.connection import ClientConnection, Runner
+from proxy.server.door import Door
+from proxy.server.openai import CHAT_PATH, chat_completions
+from proxy.server.state import State
+from proxy.settings import Settings
+from tests.conftest import Proxy, Start, make_settings
+from tests.fakes.client import Client, chat, question, request
 from tests.fakes.upstream import (
     COMPLETION,
     DONE,
@@ -20,6 +31,7 @@ from tests.fakes.upstream import (
     Received,
     Wire,
     answer,
+    echo,
     finish,
     pause,
     refuse,
@@ -28,6 +40,7 @@ from tests.fakes.upstream import (
     text,
     usage,
 )
+from tests.journeys.test_slow_clients import slow_client
 
 _LONG = 15
 _EVENTS = [role(), text("Hello"), text(" there"), finish()]
@@ -212,7 +225,7 @@ async def test_head_of_a_route_that_is_passed_on_has_no_body(upstream: FakeUpstr
 
 async def test_requests_that_come_all_at_once_are_answered_in_order(upstream: FakeUpstream, raw: Raw) -> None:
     """Pipelining (RFC 9112 §9.3.2)."""
-    upstream.plays(_echo)
+    upstream.plays(echo)
     for number in range(5):
         raw.ask(stream=number % 2 == 0, messages=[{"role": "user", "content": f"question {number}"}])
     for number in range(5):
@@ -253,19 +266,6 @@ async def test_what_is_no_http_is_a_400_and_nobodys_failure(proxy: Proxy, raw: R
 # ---------------------------------------------------------------------- connections
 
 
-async def _echo(request: Received, wire: Wire) -> None:
-    """Answers every question with its own words, in two events or in one body."""
-    body = request.json()
-    question = body["messages"][-1]["content"]
-    if body.get("stream"):
-        await stream(role(), text("answer to "), text(question), finish(), usage())(request, wire)
-    else:
-        message = {"role": "assistant", "content": f"answer to {question}"}
-        await answer({**COMPLETION, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})(
-            request, wire
-        )
-
-
 def _content(body: bytes) -> str:
     chunks = [json.loads(raw[6:]) for raw in body.removesuffix(DONE).split(b"\n\n") if raw]
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
@@ -287,7 +287,7 @@ async def _ask(proxy: Proxy, number: int) -> None:
 async def test_200_calls_one_after_the_other_use_the_same_connections(upstream: FakeUpstream, proxy: Proxy) -> None:
     """A connection that was not read to its end cannot be used again: stopping at `[DONE]` costs a handshake per call
     (https://github.com/tensorzero/tensorzero/issues/5363)."""
-    upstream.plays(_echo)
+    upstream.plays(echo)
     for number in range(200):
         await _ask(proxy, number)
     # One for the list of models, which was asked for at the start, and one for the calls.
@@ -317,9 +317,9 @@ async def test_100_calls_at_once_are_not_mixed_up(upstream: FakeUpstream, proxy:
         if len(upstream.requests) >= 100:
             all_here.set()
         await all_here.wait()
-        await _echo(request, wire)
+        await echo(request, wire)
 
-    upstream.plays(_echo)
+    upstream.plays(echo)
     await _ask(proxy, 1)  # Now it is known that the model streams.
     await proxy.ledger.next()
     upstream.requests.clear()
@@ -339,57 +339,203 @@ async def test_100_calls_at_once_are_not_mixed_up(upstream: FakeUpstream, proxy:
     assert upstream.connections == used
 
 
-# ---------------------------------------------------------------------- what is relied on in aiohttp
+# ---------------------------------------------------------------------- heads, writes, and what is not taken
 
 
-class _LateHead(web.StreamResponse):
-    _send_headers_immediately = False
+@pytest.mark.parametrize("status", [200, 429, 529])
+@pytest.mark.parametrize("wants_stream", [False, True])
+async def test_every_answer_says_when_and_by_whom(
+    upstream: FakeUpstream, raw: Raw, status: int, wants_stream: bool
+) -> None:
+    """RFC 9110 §6.6.1. Of 529, which Anthropic has made up (https://docs.anthropic.com/en/api/errors), no phrase is known;
+    there may be none (RFC 9112 §4)."""
+    upstream.plays(echo if status == 200 else refuse(status))
+    before = int(time.time())
+    raw.ask(stream=wants_stream)
+    line, headers = await raw.head()
+    phrase = {200: "OK", 429: "Too Many Requests", 529: ""}[status]
+    assert line == f"HTTP/1.1 {status} {phrase}"
+    assert headers["server"] == f"headwater/{__version__}"
+    assert before <= parsedate_to_datetime(headers["date"]).timestamp() <= time.time()
+    assert headers["date"].endswith(" GMT")
 
 
-async def test_what_is_relied_on_in_aiohttp_is_there() -> None:
-    """`StreamResponse.prepare` returns the payload writer, with a transport to write to, a protocol that knows when it
-    is full, and `chunked` and `drain`; a response that asks for it sends its head with its first bytes; and a write
-    that need not drain is through at once."""
-    seen: dict[str, Any] = {}
+class Recorder(asyncio.Transport):
+    """A transport that keeps what is written, write by write."""
 
-    def is_full(writer: StreamWriter) -> bool:
-        return writer.protocol.writing_paused
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.is_begun = asyncio.Event()
 
-    async def handler(request: web.Request) -> web.StreamResponse:
-        response = _LateHead()
-        writer = await response.prepare(request)
-        assert isinstance(writer, StreamWriter)
-        seen["chunked"] = writer.chunked
-        seen["is_full"] = is_full(writer)
-        assert writer.transport is not None
-        assert not writer.transport.is_closing()
-        seen["before"] = writer.output_size
-        with pytest.raises(StopIteration):
-            writer.write(b"first", drain=False).send(None)
-        seen["after"] = writer.output_size
-        writer.transport.write(b"6\r\nsecond\r\n")
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+        self.is_begun.set()
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+@asynccontextmanager
+async def recorded(settings: Settings) -> AsyncIterator[tuple[ClientConnection, Recorder, asyncio.Queue[Outcome]]]:
+    """A connection to a proxy whose other end is a recorder, and the calls that were settled."""
+    outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+    async with parts(settings, outcomes.put_nowait) as made:
+        now = asyncio.get_running_loop().time
+        state = State(settings, made.pipeline, made.capabilities, made.listing, made.tasks, outcomes.put_nowait, now)
+        runner = Runner(make_app(state), Door(state, CHAT_PATH, chat_completions), access_log=None)
+        await runner.setup()
+        connection = runner.server()  # type: ignore[misc]
+        assert isinstance(connection, ClientConnection)
+        recorder = Recorder()
+        connection.connection_made(recorder)
+        yield connection, recorder, outcomes
+        connection.connection_lost(None)
+        await runner.cleanup()
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@pytest.mark.parametrize("comes", ["at once", "in two parts"])
+async def test_the_first_events_leave_with_the_head_and_the_last_with_the_end(
+    tmp_path: Path, upstream: FakeUpstream, comes: str
+) -> None:
+    """Each write is a system call, and for most answers a packet."""
+    first, last = role() + text("Hello"), finish() + usage() + DONE
+    may_go_on = asyncio.Event()
+
+    async def play(request: Received, wire: Wire) -> None:
+        await wire.head(content_type="text/event-stream")
+        if comes == "at once":
+            await wire.send(_chunk(first + last) + b"0\r\n\r\n")
+        else:
+            await wire.chunk(first)
+            await may_go_on.wait()
+            await wire.send(_chunk(last) + b"0\r\n\r\n")
+
+    upstream.plays(play)
+    async with recorded(make_settings(tmp_path, upstream.url)) as (connection, recorder, outcomes):
+        connection.data_received(chat(stream=True))
         async with asyncio.timeout(_LONG):
-            await writer.drain()
-            while not is_full(writer):
-                writer.transport.write(b"%x\r\n%b\r\n" % (65_536, bytes(65_536)))
-            await writer.drain()
-        seen["is_full_again"] = is_full(writer)
-        await response.write_eof()
-        return response
+            await recorder.is_begun.wait()
+            may_go_on.set()
+            await outcomes.get()
+    head, _, body = recorder.writes[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    if comes == "at once":
+        assert [body] == [_chunk(role() + text("Hello") + finish() + DONE) + b"0\r\n\r\n"]
+        assert len(recorder.writes) == 1
+    else:
+        assert body == _chunk(first)
+        assert recorder.writes[1:] == [_chunk(finish() + DONE) + b"0\r\n\r\n"]
 
-    app = web.Application()
-    app.router.add_get("/", handler)
-    runner = web.AppRunner(app, handler_cancellation=True)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    async with (
-        aiohttp.ClientSession() as client,
-        client.get(f"http://127.0.0.1:{runner.addresses[0][1]}/") as response,
-    ):
-        body = await response.read()
-    await runner.cleanup()
 
-    assert body.startswith(b"firstsecond\0")
-    assert seen.pop("after") > seen["before"]
-    assert seen == {"chunked": True, "is_full": False, "before": 0, "is_full_again": False}
+async def test_a_whole_answer_and_an_error_are_one_write_each(tmp_path: Path, upstream: FakeUpstream) -> None:
+    upstream.plays(answer(), refuse(400))
+    async with recorded(make_settings(tmp_path, upstream.url)) as (connection, recorder, outcomes):
+        for number in range(1, 3):
+            connection.data_received(chat())
+            async with asyncio.timeout(_LONG):
+                await outcomes.get()
+            assert len(recorder.writes) == number
+    assert recorder.writes[0].startswith(b"HTTP/1.1 200 ")
+    assert recorder.writes[1].startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("wants_stream", [False, True])
+async def test_a_client_that_does_not_take_the_last_bytes_is_cut_off_too(
+    start: Start, upstream: FakeUpstream, wants_stream: bool
+) -> None:
+    """The upstream has done its part, and the answer waits in our memory."""
+    words = "and so on and so forth " * (70_000 if wants_stream else 700_000)  # About 16 MB on the wire.
+    choice = {"index": 0, "message": {"role": "assistant", "content": words}, "finish_reason": "stop"}
+
+    async def slow_answer(request: Received, wire: Wire) -> None:
+        await pause(1.2)
+        await answer()(request, wire)
+
+    upstream.plays(answer({**COMPLETION, "choices": [choice]}), slow_answer)
+    proxy = await start(streaming={"send_timeout_s": 0.4})
+    async with slow_client(proxy) as client:
+        await client.ask(stream=wants_stream)
+        assert (await proxy.ledger.next())["status"] == "ok"
+        await proxy.ask()  # Meanwhile the time is over.
+        read = bytearray()
+        while part := await client.read(2**20):
+            read += part
+    assert read.startswith(b"HTTP/1.1 200 ")
+    assert not read.endswith((b"}", b"\r\n0\r\n\r\n")), "a client must be able to tell that its answer was cut"
+
+
+_TOO_LONG = 2**20
+
+
+@pytest.fixture
+async def small(start: Start) -> AsyncIterator[Client]:
+    """A client of a proxy that takes half a megabyte."""
+    proxy = await start(server={"max_body_mb": 0.5, "drain_s": 60})
+    client = await Client.to(proxy.port)
+    yield client
+    client.close()
+
+
+async def test_a_connection_is_of_use_behind_a_refused_body_that_was_sent_all_the_same(
+    upstream: FakeUpstream, small: Client
+) -> None:
+    """A client that is still sending when the connection closes may lose the answer (RFC 9112 §9.6)."""
+    upstream.plays(echo)
+    small.send(request("POST /v1/chat/completions", f"Content-Length: {_TOO_LONG}"))
+    assert (await small.answer()).status == 413
+    for _ in range(16):
+        small.send(bytes(_TOO_LONG // 16))
+    small.send(chat("next"))
+    assert (await small.answer()).said() == "answer to next"
+
+
+@pytest.mark.parametrize("framing", [f"Content-Length: {_TOO_LONG}", "Transfer-Encoding: chunked"])
+async def test_a_client_that_breaks_off_a_refused_body_leaves_nothing_behind(
+    upstream: FakeUpstream, small: Client, framing: str
+) -> None:
+    """Else the proxy would wait for it when it stops."""
+    small.send(request("POST /v1/chat/completions", framing))
+    small.send(_chunk(bytes(_TOO_LONG - 1000)) if "chunked" in framing else b"half of it")
+    assert (await small.answer()).status == 413
+    small.reset()
+
+
+async def test_a_client_that_never_sends_the_rest_of_a_refused_body_is_left(small: Client) -> None:
+    """After ten seconds, and it is not heard before."""
+    small.send(request("POST /v1/chat/completions", f"Content-Length: {_TOO_LONG}"))
+    assert (await small.answer()).status == 413
+    small.send(request("GET /health"))
+    assert await small.rest() == b""
+
+
+async def test_a_body_in_chunks_that_comes_at_once_is_measured_too(upstream: FakeUpstream, start: Start) -> None:
+    proxy = await start(server={"max_body_mb": 0.01})
+    client = await Client.to(proxy.port)
+    body = question("x" * 20_000)
+    client.send(request("POST /v1/chat/completions", "Transfer-Encoding: chunked") + _chunk(body) + b"0\r\n\r\n")
+    assert (await client.answer()).status == 413
+    assert upstream.requests == []
+    client.close()
+
+
+async def test_an_http_1_0_client_is_never_told_to_go_on(upstream: FakeUpstream, proxy: Proxy) -> None:
+    """RFC 9110 §10.1.1: what it expects is not heard, also when its body comes late."""
+    upstream.plays(echo)
+    client = await Client.to(proxy.port)
+    body = question()
+    head = request("POST /v1/chat/completions HTTP/1.0", "Expect: 100-continue", f"Content-Length: {len(body)}")
+    client.send(head)
+    async with proxy.get("/health"):
+        pass  # Meanwhile the head was read.
+    client.send(body)
+    assert (await client.heard(b"\r\n")).endswith(b" 200 OK\r\n")
+    client.close()
