@@ -34,7 +34,8 @@ class Plan:
 
     chunks: content tokens; burst: tokens sent back to back (each its own write) before the next gap; first_ms: wait
     between the response head and the first event; size: a token is padded to this many characters; stamp: each
-    token is the CLOCK_MONOTONIC time in ns of its own write, which any process of the same machine can compare.
+    token is the CLOCK_MONOTONIC time in ns of its own write, which any process of the same machine can compare; watched:
+    the upstream can be asked what became of this answer, by its request's `bench_call`.
     """
 
     chunks: int
@@ -44,6 +45,7 @@ class Plan:
     first_ms: float = 0.0
     size: int = 0
     stamp: bool = False
+    watched: bool = False
 
     @property
     def events(self) -> int:
@@ -66,6 +68,7 @@ def from_fields(body: Mapping[str, Any]) -> Plan:
         first_ms=float(body.get("bench_first_ms", 0.0)),
         size=int(body.get("bench_size", 0)),
         stamp=bool(body.get("bench_stamp", False)),
+        watched=bool(body.get("bench_watched", False)),
     )
 
 
@@ -128,7 +131,11 @@ def fault(body: bytes, plan: Plan) -> str | None:
 
 def contents(body: bytes) -> list[str]:
     """The content of every token event of a streamed answer that has no fault, in order."""
-    deltas = (chunk["choices"][0]["delta"] for chunk in map(_load, _events(body)[:-1]))
+    return _contents([_load(event) for event in _events(body)[:-1]])
+
+
+def _contents(chunks: list[Any]) -> list[str]:
+    deltas = (chunk["choices"][0]["delta"] for chunk in chunks)
     return [delta["content"] for delta in deltas if delta.get("content")]
 
 
@@ -147,7 +154,7 @@ def _stream_fault(body: bytes, plan: Plan) -> str | None:
         return "a usage chunk nobody asked for"
     if [chunk["choices"][0]["finish_reason"] for chunk in chunks].count("stop") != 1:
         return "not exactly one finish_reason"
-    tokens = contents(body)
+    tokens = _contents(chunks)
     if len(tokens) != plan.chunks:
         return f"{len(tokens)} tokens of {plan.chunks}"
     expected = sorted(tokens) if plan.stamp else [token(index, plan.size) for index in range(plan.chunks)]

@@ -64,11 +64,15 @@ class AbsentError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a contestant starts: an empty directory of its own, the upstream to relay to, the cores it may use."""
+    """Where a contestant starts: an empty directory of its own, the upstream to relay to, the cores it may use.
+
+    under: a command to start it under, which is given the contestant's own as its last words (a profiler).
+    """
 
     dir: Path
     upstream_port: int
     cores: frozenset[int] | None
+    under: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,9 @@ def end(process: subprocess.Popen[str]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def start_upstream(cores: Iterable[int] | None) -> tuple[subprocess.Popen[str], int]:
@@ -178,6 +185,8 @@ CONTESTANTS: dict[str, Callable[[Place], Running]] = {
 }
 """Each starts its contestant and returns when it accepts connections; raises AbsentError when it cannot."""
 
+LEFT_OUT_WHEN_QUICK = frozenset({"plain+uvloop"})
+
 
 def _start(place: Place, command: list[str], env: Mapping[str, str] | None = None, port: int | None = None) -> Running:
     """Start a server and wait until it listens: on `port`, or on the port of the URL it prints.
@@ -186,7 +195,7 @@ def _start(place: Place, command: list[str], env: Mapping[str, str] | None = Non
     """
     log = place.dir / "output.log"
     with log.open("w") as output:
-        process = spawn(command, place.cores, stdout=output, env=env)
+        process = spawn([*place.under, *command], place.cores, stdout=output, env=env)
     try:
         deadline = time.monotonic() + _START_S
         while process.poll() is None and time.monotonic() < deadline:

@@ -1,19 +1,22 @@
-"""Figures of several rounds to medians, ratios and text. Nothing here does input or output."""
+"""Figures of several takes to medians, ratios and text. Nothing here does input or output."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from measures import FIGURES, Figures
 
-Rounds = Mapping[str, Sequence[Figures]]
-"""Figures per contestant, one per round in which it took part; the same position is the same round."""
+Takes = Mapping[str, Sequence[Figures]]
+"""Figures per contestant; the same position is the same take, one contestant right after the other."""
 
 REFERENCE = "direct"
 SUBJECT = "headwater"
+NEVER = "never"
+"""What stands for an infinite value: something that was waited for in vain, in one take at least."""
 
 
 def over_direct(figures: Figures, direct: Figures) -> Figures:
-    """The figures with what no proxy at all takes, in the same round, subtracted where that is what is asked."""
+    """The figures with what no proxy at all takes, in the same take, subtracted where that is what is asked."""
     return {
         name: value - direct[name] if FIGURES[name].over_direct else value
         for name, value in figures.items()
@@ -21,35 +24,45 @@ def over_direct(figures: Figures, direct: Figures) -> Figures:
     }
 
 
-def medians(rounds: Rounds) -> dict[str, Figures]:
-    return {who: {name: statistics.median(values) for name, values in _columns(of)} for who, of in rounds.items()}
+def medians(takes: Takes) -> dict[str, Figures]:
+    return {who: {name: statistics.median(values) for name, values in _columns(of)} for who, of in takes.items()}
 
 
-def ratios(rounds: Rounds) -> dict[str, Figures]:
-    """SUBJECT over every other contestant: the median of the ratios within one round, so drift cancels out.
+def ratios(takes: Takes) -> dict[str, Figures]:
+    """SUBJECT over every other contestant: the median of the ratios within one take, so drift cancels out.
 
-    A figure that is zero or below for either (an added time lost in the noise) has no ratio.
+    A figure that is zero or below for either (an added time lost in the noise), or infinite, has no ratio.
     """
     found: dict[str, Figures] = {}
-    for who, of in rounds.items():
-        if who in (SUBJECT, REFERENCE) or SUBJECT not in rounds:
+    for who, of in takes.items():
+        if who in (SUBJECT, REFERENCE) or SUBJECT not in takes:
             continue
         found[who] = {}
-        for name in FIGURES:
-            pairs = [(mine.get(name, 0.0), its.get(name, 0.0)) for mine, its in zip(rounds[SUBJECT], of, strict=True)]
-            if all(mine > 0 and its > 0 for mine, its in pairs):
+        for name in [each for each, figure in FIGURES.items() if not figure.is_of_bench]:
+            pairs = [
+                (mine[name], its[name])
+                for mine, its in zip(takes[SUBJECT], of, strict=True)
+                if name in mine and name in its
+            ]
+            if pairs and all(0 < value < math.inf for pair in pairs for value in pair):
                 found[who][name] = statistics.median(mine / its for mine, its in pairs)
     return found
 
 
-def table(rounds: Rounds) -> str:
-    """Medians, each with half the distance between its lowest and highest round in brackets."""
+def table(takes: Takes) -> str:
+    """Medians, each with half the distance between its quartiles in brackets."""
     cells: dict[str, dict[str, str]] = {}
-    for who, of in rounds.items():
+    for who, of in takes.items():
         cells[who] = {}
         for name, values in _columns(of):
             decimals = FIGURES[name].decimals
-            spread = f" ({(max(values) - min(values)) / 2:.{decimals}f})" if len(values) > 1 else ""
+            if math.inf in values:
+                cells[who][name] = NEVER
+                continue
+            spread = ""
+            if len(values) > 1:
+                low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+                spread = f" ({(high - low) / 2:.{decimals}f})"
             cells[who][name] = f"{statistics.median(values):.{decimals}f}{spread}"
     return _grid(cells)
 

@@ -1,0 +1,76 @@
+"""What Headwater is to cost at most, and whether it did.
+
+A target is about the medians over the rounds of one run. Not meeting one is no fault of the run. Nothing here does input or
+output.
+
+To add one: add a line to `TARGETS`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from measures import FIGURES, Figures
+from report import SUBJECT
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound on one figure: on its own value, or on its ratio to another contestant's in the same run."""
+
+    figure: str
+    at_most: float
+    against: str | None = None
+
+
+MIB = 2**20
+
+TARGETS = (
+    Target("chunk_cpu_us", 1.2, "nginx"),
+    Target("burst_cpu_us", 1.2, "nginx"),
+    Target("slow_cpu_us", 1.3, "nginx"),
+    Target("request_cpu_us", 5.0, "nginx"),
+    Target("ttft_ms", 0.4),
+    Target("slow_above_kib", 25.0),
+    Target("stall_rss_mib", 5e6 / MIB),
+    Target("flow_worst_ms", 10.0),
+    Target("silent_worst_ms", 10.0),
+    Target("long_step", 1.25),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A target and what was measured."""
+
+    target: Target
+    measured: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.measured <= self.target.at_most
+
+
+def judge(medians: Mapping[str, Figures], ratios: Mapping[str, Figures]) -> list[Verdict]:
+    """A verdict on every target of which the run has the figure."""
+    verdicts = []
+    for target in TARGETS:
+        figures = medians.get(SUBJECT, {}) if target.against is None else ratios.get(target.against, {})
+        if target.figure in figures:
+            verdicts.append(Verdict(target, figures[target.figure]))
+    return verdicts
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    rows = [("", "measured", "at most", "")]
+    for verdict in verdicts:
+        target = verdict.target
+        decimals = 2 if target.against else FIGURES[target.figure].decimals
+        label = FIGURES[target.figure].label + (f", times {target.against}" if target.against else "")
+        bound = f"{target.at_most:.{decimals}f}"
+        rows.append((label, f"{verdict.measured:.{decimals}f}", bound, "met" if verdict.is_met else "NOT MET"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{label:<{widths[0]}}  {measured:>{widths[1]}}  {bound:>{widths[2]}}  {word}".rstrip()
+        for label, measured, bound, word in rows
+    ]
+    return "\n".join(lines)
