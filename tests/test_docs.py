@@ -153,7 +153,7 @@ def test_reference_has_every_field_and_no_other(section: str) -> None:
 
 
 def test_reference_knows_every_section() -> None:
-    assert {*TABLES, *LISTS} == {field.name for field in fields(Settings)} - {"secrets"}
+    assert {*TABLES, *LISTS} == {field.name for field in fields(Settings)} - {"secrets", "proxies"}
 
 
 @pytest.mark.parametrize("section", TABLES)
@@ -194,8 +194,9 @@ def test_reference_uncommented_changes_nothing(tmp_path: Path) -> None:
 def test_reference_examples_load(tmp_path: Path) -> None:
     path = uncommented(tmp_path / "reference.toml", (*TABLES, *LISTS))
     settings = loaded(path.read_text("utf-8"), tmp_path)
-    assert len(settings.upstream) == 2
-    assert settings.secrets.keys() == {upstream.name for upstream in settings.upstream}
+    assert len(settings.upstream) == 3
+    assert settings.secrets.keys() == {"openai", "lab"}
+    assert settings.proxies.keys() == {"openai"}
     assert len(settings.model) == 1
 
 
