@@ -82,6 +82,7 @@ class AnswerLog:
         "_live",
         "_max_bytes",
         "_readers",
+        "_source",
         "_stuck",
         "failure",
         "headers",
@@ -90,7 +91,6 @@ class AnswerLog:
         "on_left",
         "segments",
         "size",
-        "source",
         "whole",
     )
 
@@ -100,7 +100,7 @@ class AnswerLog:
         self._readers: list[Reader] = []
         self._live: Sink | None = None
         """The live sink of the only reader: to come to it, a chunk need not go by the list and the reader."""
-        self.source: Source | None = None
+        self._source: Source | None = None
         self.on_left: Callable[[], object] | None = None
         self.segments: list[bytes] = []
         self.size = 0
@@ -112,6 +112,16 @@ class AnswerLog:
         """Response headers for whoever reads; complete at the commit."""
 
     # The producer's side.
+
+    @property
+    def source(self) -> Source | None:
+        return self._source
+
+    @source.setter
+    def source(self, source: Source | None) -> None:
+        self._source = source
+        if source is not None and self._readers and self._stuck == len(self._readers):
+            source.pause_reading()
 
     def commit(self) -> None:
         """Spend the status: from now on the log is visible, and a failure is an event."""
@@ -219,12 +229,12 @@ class AnswerLog:
         self._balance()
 
     def _balance(self) -> None:
-        if self.source is None:
+        if self._source is None:
             return
         if self._readers and self._stuck == len(self._readers):
-            self.source.pause_reading()
+            self._source.pause_reading()
         else:
-            self.source.resume_reading()
+            self._source.resume_reading()
 
 
 class StreamReader:

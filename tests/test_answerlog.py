@@ -211,6 +211,17 @@ def test_a_stuck_reader_that_leaves_frees_the_source() -> None:
     assert not source.is_paused()
 
 
+def test_a_source_that_comes_when_all_readers_are_stuck_is_paused_at_once() -> None:
+    log, first = committed()
+    client = Client(log, room=1)
+    log.append(b"0")
+    assert first.is_paused()
+    log.source = second = Source()
+    assert second.is_paused()
+    client.reader.leave()
+    assert not second.is_paused()
+
+
 def test_the_source_is_paused_when_the_only_reader_that_was_not_stuck_leaves() -> None:
     log, source = committed()
     _, quick = Client(log, room=1), Client(log)

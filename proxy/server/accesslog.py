@@ -110,21 +110,22 @@ def _quoted(name: str) -> str:
 
 
 def _json_line(outcome: Outcome) -> str:
-    usage = outcome.usage
+    usage, target, ttft_s = outcome.usage, outcome.target, outcome.ttft_s
     line = {
         "time": _now(),
         "id": outcome.call_id,
         "model": outcome.model,
-        "target": str(outcome.target) if outcome.target is not None else None,
+        "target": None if target is None else f"{target.upstream}/{target.model}",
         "mode": outcome.mode,
         "status": outcome.status,
         "http_status": outcome.http_status,
         "attempts": outcome.attempts,
-        "ttft_ms": round(outcome.ttft_s * 1000, 1) if outcome.ttft_s is not None else None,
-        "duration_ms": round(outcome.duration_s * 1000, 1),
-        "prompt_tokens": usage.prompt if usage is not None else None,
-        "completion_tokens": usage.completion if usage is not None else None,
-        "estimated": usage.estimated if usage is not None else None,
+        # Tenths; round() takes four times as long.
+        "ttft_ms": None if ttft_s is None else int(ttft_s * 10_000 + 0.5) / 10,
+        "duration_ms": int(outcome.duration_s * 10_000 + 0.5) / 10,
+        "prompt_tokens": None if usage is None else usage.prompt,
+        "completion_tokens": None if usage is None else usage.completion,
+        "estimated": None if usage is None else usage.estimated,
         "error": outcome.error,
     }
     return dumps(line).decode() + "\n"
