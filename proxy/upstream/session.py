@@ -149,17 +149,21 @@ class Reply:
 
     async def read_all(self, max_bytes: int) -> bytes:
         """The rest of the body. UpstreamError past `max_bytes`."""
-        if self._first is None and (body := self._exchange.whole_body()) is not None and len(body) <= max_bytes:
-            return body
         parts: list[bytes] = []
         size = 0
-        while part := await self.read():
+        while part := await self._read_much():
             size += len(part)
             if size > max_bytes:
                 words = f"The answer is longer than {max_bytes} bytes."
                 raise UpstreamError(502, "answer_too_large", words, may_retry=False)
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _read_much(self) -> bytes:
+        """All the rest, if it has come already; else the next bytes."""
+        if self._first is None and (body := self._exchange.whole_body()) is not None:
+            return body
+        return await self.read()
 
     async def deliver(self, consumer: Consumer) -> None:
         """Feed every read to `consumer` as it comes, until the body ends or `feed` returns False."""

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.conftest import Proxy
+from tests.conftest import Proxy, Start
 from tests.fakes.upstream import COMPLETION, FakeUpstream, Received, Wire, answer, finish, role, stream, text
 from tests.journeys.test_sloppy_streams import staying_open
 
@@ -200,3 +200,15 @@ async def test_an_incomplete_stream_is_folded_and_says_so(upstream: FakeUpstream
     ]
 
     assert (await proxy.ledger.next())["status"] == "incomplete"
+
+
+async def test_a_body_that_is_too_long_says_so_also_when_it_came_at_once(upstream: FakeUpstream, start: Start) -> None:
+    long = {**COMPLETION, "padding": "x" * 2000}
+    upstream.plays(answer(json.dumps(long).encode()))
+    proxy = await start(streaming={"max_answer_bytes": 1024})
+
+    async with proxy.chat() as response:
+        assert response.status == 502
+        assert (await response.json())["error"]["code"] == "answer_too_large"
+
+    assert (await proxy.ledger.next())["error"] == "answer_too_large"
