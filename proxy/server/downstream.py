@@ -129,14 +129,15 @@ class Downstream:
     def stream(self, log: AnswerLog) -> None:
         """Deliver the log as an event stream, as it grows."""
         self._log = log
-        reader = LogReader(log, self)
-        if not self._is_ended:
-            self._reader = reader
+        self._read_by(LogReader(log, self))
 
     def whole(self, log: AnswerLog) -> None:
         """Deliver the log's one body, when it is closed."""
         self._log = log
-        reader = BodyReader(log, self._send_whole)
+        self._read_by(BodyReader(log, self._send_whole))
+
+    def _read_by(self, reader: LogReader | BodyReader) -> None:
+        # The log may have been at its end, and the answer sent while the reader was made.
         if not self._is_ended:
             self._reader = reader
 
@@ -152,12 +153,10 @@ class Downstream:
         if self._needs_head:
             self._needs_head = False
             transport.write(self._stream_head() + self._frame(segment))
-        elif self._is_chunked and len(segment) < 4096:
+        elif self._is_chunked and len(segment) < len(_SIZE_LINES):
             transport.write(_SIZE_LINES[len(segment)] + segment + b"\r\n")
-        elif self._is_chunked:
-            transport.write(self._frame(segment))
         else:
-            transport.write(segment)
+            transport.write(self._frame(segment))
         return not self._is_full
 
     def end(self, last: bytes) -> None:
@@ -267,8 +266,8 @@ class Downstream:
                     continue
         except (TimeoutError, web.RequestPayloadError):
             self._keeps_alive = False
-        self._on_over()
-        self._connection.answered(keeps_alive=self._keeps_alive)
+        self._payload = None
+        self._hand_back()
 
 
 def error_parts(error: ProxyError) -> tuple[int, dict[str, str], bytes]:
