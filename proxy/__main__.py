@@ -19,12 +19,13 @@ from pathlib import Path
 import uvloop
 
 from proxy import __version__
+from proxy.addresses import redact_url
 from proxy.chat import Outcome
 from proxy.errors import ConfigError, ProxyError
 from proxy.probe import Finding, probe, targets
 from proxy.server.app import parts, serving
 from proxy.server.notify import keep_watchdog_quiet, notify
-from proxy.settings import Settings, UpstreamSettings, load, redact_url, with_server, with_upstreams
+from proxy.settings import Settings, UpstreamSettings, load, with_server, with_upstreams
 from proxy.upstream import demo
 from proxy.upstream.discovery import from_url, in_environment, on_this_machine
 from proxy.upstream.tls import TlsContexts
@@ -97,7 +98,7 @@ def _check(options: argparse.Namespace, settings: Settings) -> int:
     for upstream in settings.upstream:
         print(f"  upstream {_describe(upstream, settings)}")
     for model in settings.model:
-        print(f"  model {model.name} -> {', '.join(model.targets)}")
+        print(f"  model {model.name} -> {', '.join(entry.target for entry in model.targets)}")
     return 0
 
 

@@ -1,15 +1,18 @@
 """Our words: what a call is made of, from the request to the row that accounts for it.
 
 Each is frozen. A call's knowledge grows from one to the next and never flows back:
-`ChatRequest` (what was asked) → `Call` (who asked, when) → `Outcome` (what became of it).
+`ChatRequest` (what was asked) → `Call` (who asked, when, of whom) → `Outcome` (what became of it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+Recovery = Literal["exact", "continue", "off"]
+"""What becomes of a stream that dies midway: the same answer is asked for again, or the rest of it, or nothing."""
 
 
 class Parsed:
@@ -56,8 +59,7 @@ class ChatRequest:
         return self.parsed.value
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """One model at one upstream: `openai/gpt-4o-mini`."""
 
     upstream: str
@@ -65,6 +67,34 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.upstream}/{self.model}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a model's name stands for: who is asked, in which order, and how its answers are handed on.
+
+    `weights` has one place for each target; targets in a row that have one take turns by it. `contexts` says for some
+    targets how many tokens the largest request may have that they can take. `delivers_whole`: a stream begins only when
+    all of the answer is there. `coalesces`: a request may share the answer to one like it that is in flight.
+    """
+
+    targets: tuple[Target, ...]
+    weights: tuple[float | None, ...]
+    contexts: Mapping[Target, int]
+    recovery: Recovery
+    delivers_whole: bool
+    coalesces: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a client asks for in `x-headwater-…` headers, about how its answer is produced.
+
+    `delivers_whole` is None where the client leaves it to the model's settings.
+    """
+
+    coalesces: bool = True
+    delivers_whole: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +119,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One client's wish for one answer. `started` is the loop's clock in seconds, for durations only."""
+    """One client's wish for one answer. `started` is the loop's clock in seconds; `caller` is whose answers it may share."""
 
     id: str
     request: ChatRequest
-    targets: tuple[Target, ...]
+    route: Route
     started: float
-    forward_headers: tuple[tuple[str, str], ...] = ()
+    forward_headers: tuple[tuple[str, str], ...]
+    caller: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +138,21 @@ class Ask:
     may_fall_back: bool
     is_probe: bool = False
     """Nothing is known: this very request will show whether the target streams."""
+    partial: str = ""
+    """The beginning of the answer, to be continued."""
+    partial_tokens: int = 0
 
     def without_stream(self) -> Ask:
-        return Ask(stream=False, usage=False, may_fall_back=False)
+        return replace(self, stream=False, usage=False, may_fall_back=False, is_probe=False)
 
     def without_usage(self) -> Ask:
-        return Ask(stream=self.stream, usage=False, may_fall_back=self.may_fall_back)
+        return replace(self, usage=False, is_probe=False)
+
+    def continuing(self, partial: str, tokens: int) -> Ask:
+        return replace(self, partial=partial, partial_tokens=tokens)
+
+    def without_partial(self) -> Ask:
+        return replace(self, partial="", partial_tokens=0)
 
 
 class Mode(StrEnum):
@@ -121,6 +161,7 @@ class Mode(StrEnum):
     RELAY = "relay"  # the upstream streamed, the client got that stream
     SYNTHESIS = "synthesis"  # the upstream sent one body, the client got a stream made of it
     WHOLE = "whole"  # the client wanted one body and got one, folded from a stream where need be
+    COALESCED = "coalesced"  # another call had asked the same just before, and got it in one of these ways
     PASSTHROUGH = "passthrough"  # a route that is relayed unread
     NONE = "none"  # there was no answer
 

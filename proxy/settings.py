@@ -12,15 +12,17 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
+from proxy.addresses import environment_proxy, is_base_url, is_loopback, wrong_with_proxy
+from proxy.chat import Recovery
 from proxy.errors import ConfigError
 
 _ENV_PREFIX = "HEADWATER_"
@@ -29,6 +31,9 @@ _MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108, with the zero at its 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 SecondsOrOff = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+_KeyPath = tuple[str | int, ...]
+"""Where a value stands: `("model", 0, "targets", 1, "weight")`."""
 
 
 class _Section:
@@ -65,11 +70,36 @@ class StreamingSettings(_Section):
     total_timeout_s: SecondsOrOff = 0
     send_timeout_s: Seconds = 300
     max_retries: Annotated[int, Field(ge=0, le=20)] = 3
+    circuit_failures: Annotated[int, Field(ge=1)] = 5
+    circuit_cooldown_s: Seconds = 10
+    recovery: Recovery = "exact"
+    recovery_timeout_s: Seconds = 30
+    coalesce: bool = True
+    coalesce_max_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2
+    resume_window_s: SecondsOrOff = 0
+    resume_max_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 256
     max_answer_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSettings(_Section):
+    """One upstream. `prefill` says how it is made to go on with an answer that it, or another one, has begun.
+
+    `auto`: the beginning as the last message, an assistant's, which llama.cpp goes on with
+    (https://github.com/ggml-org/llama.cpp/pull/13608) and Claude refuses since 4.6
+    (https://platform.claude.com/docs/en/about-claude/models/whats-new-claude-4-6#prefill-removal).
+
+    `prefix`: this message with `"prefix": true`. Mistral refuses it otherwise, and begins its answer with that very
+    beginning (https://docs.mistral.ai/guides/prefix, https://docs.mistral.ai/api); DeepSeek wants its base URL to end
+    in /beta for it (https://api-docs.deepseek.com/guides/chat_prefix_completion).
+
+    `continue_final_message`: the body with `"continue_final_message": true, "add_generation_prompt": false`. Without
+    these vLLM and SGLang refuse nothing, but take the message for a whole one and begin another; vLLM does not take
+    the first alone, as the second is true by default
+    (https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html,
+    https://github.com/vllm-project/vllm/pull/8942, https://github.com/sgl-project/sglang/pull/4226).
+    """
+
     name: Name
     base_url: str = field(repr=False)
     dialect: Literal["openai"] = "openai"
@@ -77,6 +107,7 @@ class UpstreamSettings(_Section):
     api_key_file: Path | None = None
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     stream: Literal["auto", "always", "never"] = "auto"
+    prefill: Literal["auto", "prefix", "continue_final_message", "never"] = "auto"
     proxy: Annotated[str, Field(min_length=1)] | None = field(default=None, repr=False)
     unix_socket: Path | None = None
     ca_file: Path | None = None
@@ -85,9 +116,32 @@ class UpstreamSettings(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class TargetSettings(_Section):
+    """One of the targets of a model: `target` is written upstream/model. A plain string stands for one without the rest."""
+
+    target: str
+    weight: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = None
+    context_tokens: Annotated[int, Field(gt=0)] | None = None
+
+
+def _as_target(value: Any) -> Any:
+    """What stands for a target, as a table."""
+    if isinstance(value, str):
+        return {"target": value}
+    if not isinstance(value, dict | TargetSettings):
+        raise PydanticCustomError("target", 'must be "upstream/model", or a table with that as its target')
+    return value
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSettings(_Section):
+    """An alias. Where `recovery` or `coalesce` is None, it is as [streaming] says."""
+
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    targets: Annotated[tuple[Annotated[TargetSettings, BeforeValidator(_as_target)], ...], Field(min_length=1)]
+    recovery: Recovery | None = None
+    delivery: Literal["stream", "whole"] = "stream"
+    coalesce: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +161,18 @@ class Settings(_Section):
 _NOT_IN_FILES = {
     "secrets": "name an environment variable in api_key_env instead",
     "proxies": "set `proxy` of an upstream instead",
+}
+
+_TABLES: Mapping[tuple[str, ...], type] = {
+    (): Settings,
+    ("server",): ServerSettings,
+    ("store",): StoreSettings,
+    ("streaming",): StreamingSettings,
+}
+_LISTS_OF_TABLES: Mapping[tuple[str, ...], type] = {
+    ("upstream",): UpstreamSettings,
+    ("model",): ModelSettings,
+    ("model", "targets"): TargetSettings,
 }
 
 _S = TypeVar("_S")
@@ -133,6 +199,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
             problems.append(_at(path, text, (key,), f"unknown key; {instead}"))
             del data[key]
     settings = Settings()
+    left: dict[_KeyPath, list[int]] = {}
     for is_last_try in (False, True):
         try:
             settings = _adapter.validate_python(data)
@@ -140,15 +207,20 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
         except ValidationError as error:
             if is_last_try:
                 raise ConfigError(problems) from None
-            for problem in error.errors(include_url=False, include_context=False):
-                words = _in_words(problem, problem["loc"])
-                if (name := overridden.get(problem["loc"][:2])) is not None:
+            wrong = {problem["loc"]: problem for problem in error.errors(include_url=False, include_context=False)}
+            # A list whose items are all wrong is reported as too short as well: that is no mistake of its own.
+            for place in [place for place in wrong if any(place in _above(key_path) for key_path in wrong)]:
+                del wrong[place]
+            for place, problem in wrong.items():
+                words = _in_words(problem, place)
+                if (name := overridden.get(place[:2])) is not None:
                     problems.append(f"environment variable {name}: {words}")
                 else:
-                    problems.append(_at(path, text, problem["loc"], words))
+                    problems.append(_at(path, text, place, words))
             # What is left when the wrong values are taken out may contradict itself too: that is told as well.
-            data = _without(data, [problem["loc"] for problem in error.errors(include_url=False)])
-    for key_path, words in _contradictions(settings):
+            data, left = _without(data, list(wrong))
+    for remaining_path, words in _contradictions(settings):
+        key_path = _as_written(remaining_path, left)
         name = overridden.get(key_path[:2])
         problems.append(f"environment variable {name}: {words}" if name else _at(path, text, key_path, words))
     secrets: dict[str, str] = {}
@@ -157,7 +229,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
             if (secret := _secret(upstream, environ)) is not None:
                 secrets[upstream.name] = secret
         except ConfigError as error:
-            problems.append(_at(path, text, ("upstream", position), error.problems[0]))
+            problems.append(_at(path, text, _as_written(("upstream", position), left), error.problems[0]))
     proxies = _proxies(settings.upstream, environ, problems)
     if problems:
         raise ConfigError(problems)
@@ -187,25 +259,9 @@ def with_server(settings: Settings, **changes: Any) -> Settings:
     return changed
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def matches(pattern: str, model: str) -> bool:
     """Whether a model's name fits a pattern of `models`: `*` any text, `?` any character, case counts."""
     return fnmatchcase(model, pattern)
-
-
-def redact_url(url: str) -> str:
-    """The URL without the credentials and query it may carry, for people to read."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _with(section: _S, **changes: Any) -> _S:
@@ -213,12 +269,10 @@ def _with(section: _S, **changes: Any) -> _S:
     return type(section)(**(values | changes))
 
 
-def _override(
-    data: dict[str, Any], environ: Mapping[str, str], problems: list[str]
-) -> dict[tuple[str | int, ...], str]:
+def _override(data: dict[str, Any], environ: Mapping[str, str], problems: list[str]) -> dict[_KeyPath, str]:
     """Put the environment's values into `data`; says which variable each key came from."""
-    sections: dict[str, type] = {"server": ServerSettings, "store": StoreSettings, "streaming": StreamingSettings}
-    overridden: dict[tuple[str | int, ...], str] = {}
+    sections = {names[0]: table for names, table in _TABLES.items() if names}
+    overridden: dict[_KeyPath, str] = {}
 
     def put(section: str, key: str, value: Any, name: str) -> None:
         table = data.setdefault(section, {})
@@ -242,23 +296,67 @@ def _override(
     return overridden
 
 
-def _without(data: dict[str, Any], key_paths: list[tuple[str | int, ...]]) -> dict[str, Any]:
-    """The data without the values at `key_paths`, or without the list item in which a required value is missing."""
+def _table_of(key_path: _KeyPath) -> tuple[_KeyPath, type]:
+    """The table that a value stands in, or that is wrong itself as an item of its list: where it is, and its fields."""
+    for length in range(len(key_path), 0, -1):
+        names = _names(key_path[:length])
+        if isinstance(key_path[length - 1], int):
+            if (table := _LISTS_OF_TABLES.get(names)) is not None:
+                return key_path[:length], table
+        elif length < len(key_path) and (table := _TABLES.get(names)) is not None:
+            return key_path[:length], table
+    return (), Settings
+
+
+def _above(key_path: _KeyPath) -> list[_KeyPath]:
+    """The places that hold a value, from the outermost in."""
+    return [key_path[:length] for length in range(len(key_path))]
+
+
+def _names(key_path: _KeyPath) -> tuple[str, ...]:
+    return tuple(part for part in key_path if isinstance(part, str))
+
+
+def _without(data: dict[str, Any], key_paths: list[_KeyPath]) -> tuple[dict[str, Any], dict[_KeyPath, list[int]]]:
+    """The data without the values at `key_paths`, or without the item of a list in which a required one is missing.
+
+    Also, for each list that lost some, the positions at which the items that are left were written.
+    """
     pruned = copy.deepcopy(data)
-    lost_items: dict[str, set[int]] = {}
+    lost: dict[_KeyPath, set[int]] = {}
     for key_path in key_paths:
-        place: Any = pruned
-        for part in key_path[:-1]:
-            place = place[cast(Any, part)] if isinstance(place, list) or part in place else {}
-        if isinstance(place, dict) and key_path[-1] in place:
-            del place[key_path[-1]]
-        if len(key_path) > 1 and isinstance(key_path[1], int):
-            required = {"name", "base_url", "targets"}
-            if len(key_path) == 2 or key_path[2] in required:
-                lost_items.setdefault(str(key_path[0]), set()).add(key_path[1])
-    for section, positions in lost_items.items():
-        pruned[section] = [item for position, item in enumerate(pruned[section]) if position not in positions]
-    return pruned
+        table_path, table = _table_of(key_path)
+        key = key_path[len(table_path)] if len(key_path) > len(table_path) else None
+        required = {known.name for known in fields(table) if known.default is known.default_factory is MISSING}
+        if table_path and (key is None or key in required):
+            lost.setdefault(table_path[:-1], set()).add(cast(int, table_path[-1]))
+        else:
+            _value_at(pruned, table_path).pop(key, None)
+    left: dict[_KeyPath, list[int]] = {}
+    while lost:
+        list_path = max(lost, key=len)
+        gone = lost.pop(list_path)
+        place = _value_at(pruned, list_path)
+        left[list_path] = [position for position in range(len(place)) if position not in gone]
+        place[:] = [place[position] for position in left[list_path]]
+        if not place and len(list_path) > 1:
+            lost.setdefault(list_path[:-2], set()).add(cast(int, list_path[-2]))
+    return pruned, left
+
+
+def _value_at(data: dict[str, Any], key_path: _KeyPath) -> Any:
+    place: Any = data
+    for part in key_path:
+        place = place[part]
+    return place
+
+
+def _as_written(key_path: _KeyPath, left: Mapping[_KeyPath, list[int]]) -> _KeyPath:
+    """Where a value stood before its lists lost some of their items."""
+    written: _KeyPath = ()
+    for part in key_path:
+        written += (left[written][part] if isinstance(part, int) and written in left else part,)
+    return written
 
 
 def _secret(upstream: UpstreamSettings, environ: Mapping[str, str]) -> str | None:
@@ -282,89 +380,29 @@ def _secret(upstream: UpstreamSettings, environ: Mapping[str, str]) -> str | Non
 def _proxies(
     upstreams: tuple[UpstreamSettings, ...], environ: Mapping[str, str], problems: list[str]
 ) -> dict[str, str]:
-    """The URL of the outgoing proxy of each upstream that has one: its own `proxy`, or the one the environment names.
-
-    Of a variable's two spellings the lower-case one counts first, and ALL_PROXY comes last, as in curl
-    (https://curl.se/docs/manpage.html#ENVIRONMENT). A proxy that only the environment names is never used for this
-    machine itself, as in Go (https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config.ProxyFunc).
-    """
+    """The URL of the outgoing proxy of each upstream that has one: its own `proxy`, or the one the environment names."""
     found: dict[str, str] = {}
     for upstream in upstreams:
         if upstream.proxy is not None:
             if upstream.proxy != "none":
                 found[upstream.name] = upstream.proxy
             continue
-        if upstream.unix_socket is not None or not _is_base_url(upstream.base_url):
+        if upstream.unix_socket is not None or not is_base_url(upstream.base_url):
             continue
-        url = urlsplit(upstream.base_url)
-        host = (url.hostname or "").rstrip(".")
-        names = (f"{url.scheme}_proxy", f"{url.scheme}_PROXY".upper(), "all_proxy", "ALL_PROXY")
-        name = next((name for name in names if environ.get(name, "").strip()), None)
-        if name is None or is_loopback(host):
+        if (named := environment_proxy(upstream.base_url, environ)) is None:
             continue
-        port = url.port or (443 if url.scheme == "https" else 80)
-        if _is_excepted(host, port, environ.get("no_proxy") or environ.get("NO_PROXY") or ""):
-            continue
-        proxy = environ[name].strip()
-        # curl and Go read a bare host:port as http:// too.
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        found[upstream.name] = proxy
-        if (words := _wrong_with_proxy(proxy)) is not None:
-            problem = f"environment variable {name}: {words}"
+        variable, found[upstream.name] = named
+        if (words := wrong_with_proxy(found[upstream.name])) is not None:
+            problem = f"environment variable {variable}: {words}"
             # It is one mistake, however many upstreams it concerns.
             if problem not in problems:
                 problems.append(problem)
     return found
 
 
-def _is_excepted(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY takes a host out: `*`, an address, a network in CIDR notation, or a name, which stands for all
-    names below it too, whether `.` or `*.` comes before it or not. With a port it is about that port only.
-
-    The forms are those of https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config; that a leading dot makes no
-    difference is curl's reading (https://github.com/curl/curl/blob/master/lib/noproxy.c). What is neither is passed over.
-    """
-    try:
-        address = ip_address(host)
-    except ValueError:
-        address = None
-    for entry in re.split(r"[\s,]+", no_proxy.lower()):
-        match = re.fullmatch(r"(\[[^\]]*\]|[^:]*):(\d+)", entry)
-        name = match[1] if match else entry
-        if not name or (match and int(match[2]) != port):
-            continue
-        if name == "*":
-            return True
-        if address is None:
-            name = name.removeprefix("*").strip(".")
-            if name and (host == name or host.endswith(f".{name}")):
-                return True
-            continue
-        try:
-            if address in ip_network(name.strip("[]"), strict=False):
-                return True
-        except ValueError:
-            continue
-    return False
-
-
-def _wrong_with_proxy(url: str) -> str | None:
-    """What keeps a URL from being an outgoing proxy's, in words that do not repeat it: it may hold a password."""
-    try:
-        parts = urlsplit(url)
-        is_whole = bool(parts.scheme and parts.hostname) and parts.port != 0
-    except ValueError:
-        return "must be a URL like http://proxy.example.com:3128"
-    if is_whole and parts.scheme not in ("http", "https"):
-        return f"proxies of the kind {parts.scheme}:// are not supported: only http:// and https:// ones are"
-    if not is_whole or parts.path not in ("", "/") or parts.query or parts.fragment:
-        return "must be a URL like http://proxy.example.com:3128"
-    return None
-
-
-def _contradictions(settings: Settings) -> list[tuple[tuple[str | int, ...], str]]:
+def _contradictions(settings: Settings) -> list[tuple[_KeyPath, str]]:
     """What is well-formed but cannot work."""
-    found: list[tuple[tuple[str | int, ...], str]] = []
+    found: list[tuple[_KeyPath, str]] = []
     if not is_loopback(settings.server.host):
         found.append(
             (
@@ -377,7 +415,7 @@ def _contradictions(settings: Settings) -> list[tuple[tuple[str | int, ...], str
     for position, upstream in enumerate(settings.upstream):
         if upstream.name in names[:position]:
             found.append((("upstream", position, "name"), f"another upstream is named '{upstream.name}' already"))
-        if not _is_base_url(upstream.base_url):
+        if not is_base_url(upstream.base_url):
             found.append((("upstream", position, "base_url"), "must be a URL like https://api.openai.com/v1"))
         if upstream.api_key_env and upstream.api_key_file:
             found.append((("upstream", position), "has both api_key_env and api_key_file: keep one"))
@@ -386,13 +424,17 @@ def _contradictions(settings: Settings) -> list[tuple[tuple[str | int, ...], str
     for position, model in enumerate(settings.model):
         if model.name in aliases[:position]:
             found.append((("model", position, "name"), f"another model is named '{model.name}' already"))
-        for target in model.targets:
+        targets = [entry.target for entry in model.targets]
+        for number, target in enumerate(targets):
+            key_path = ("model", position, "targets", number)
             upstream_name, slash, upstream_model = target.partition("/")
             if not slash or not upstream_model:
-                found.append((("model", position, "targets"), f"'{target}' must be written upstream/model"))
+                found.append((key_path, f"'{target}' must be written upstream/model"))
             elif settings.upstream and upstream_name not in names:
                 words = f"'{target}': no upstream is named '{upstream_name}'{_nearest(upstream_name, names)}"
-                found.append((("model", position, "targets"), words))
+                found.append((key_path, words))
+            if target in targets[:number]:
+                found.append((key_path, f"'{target}' is a target of this model already"))
     return found
 
 
@@ -402,13 +444,13 @@ def _wrong_ways(upstream: UpstreamSettings) -> list[tuple[tuple[str, ...], str]]
     if upstream.proxy not in (None, "none"):
         if upstream.unix_socket is not None:
             found.append(((), "has both proxy and unix_socket: keep one"))
-        if (words := _wrong_with_proxy(upstream.proxy or "")) is not None:
+        if (words := wrong_with_proxy(upstream.proxy or "")) is not None:
             found.append((("proxy",), f'{words}, or "none"'))
     if upstream.unix_socket is not None and len(bytes(upstream.unix_socket)) > _MAX_SOCKET_PATH_BYTES:
         found.append((("unix_socket",), f"is longer than a socket's path can be, {_MAX_SOCKET_PATH_BYTES} bytes"))
     if upstream.client_key_file is not None and upstream.client_cert_file is None:
         found.append((("client_key_file",), "is of no use without client_cert_file"))
-    if _is_base_url(upstream.base_url) and urlsplit(upstream.base_url).scheme == "http":
+    if is_base_url(upstream.base_url) and urlsplit(upstream.base_url).scheme == "http":
         found += [
             ((name,), "is of no use with a base_url of http://, where nothing is encrypted")
             for name in ("ca_file", "client_cert_file", "client_key_file")
@@ -417,30 +459,16 @@ def _wrong_ways(upstream: UpstreamSettings) -> list[tuple[tuple[str, ...], str]]
     return found
 
 
-def _is_base_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        return is_whole and not parts.query and not parts.fragment
-    except ValueError:
-        return False
-
-
-def _in_words(problem: Any, key_path: tuple[str | int, ...]) -> str:
+def _in_words(problem: Any, key_path: _KeyPath) -> str:
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key{_nearest(str(key_path[-1]), _known_keys(key_path[:-1]))}"
+        return f"unknown key{_nearest(str(key_path[-1]), _known_keys(key_path))}"
     message = str(problem["msg"])
     return message[0].lower() + message[1:]
 
 
-def _known_keys(key_path: tuple[str | int, ...]) -> list[str]:
-    """The names of the fields at a place in the settings."""
-    place: Any = Settings
-    of_list = {"upstream": UpstreamSettings, "model": ModelSettings}
-    of_table = {"server": ServerSettings, "store": StoreSettings, "streaming": StreamingSettings}
-    if key_path:
-        place = (of_list | of_table).get(str(key_path[0]), Settings)
-    return [known.name for known in fields(cast(Any, place)) if known.name not in _NOT_IN_FILES]
+def _known_keys(key_path: _KeyPath) -> list[str]:
+    """The keys that may stand where this one does."""
+    return [known.name for known in fields(_table_of(key_path)[1]) if known.name not in _NOT_IN_FILES]
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -448,7 +476,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _at(path: Path | None, text: str, key_path: tuple[str | int, ...], words: str) -> str:
+def _at(path: Path | None, text: str, key_path: _KeyPath, words: str) -> str:
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key_path).lstrip(".")
     if path is None:
         return f"{dotted}: {words}"
@@ -456,8 +484,11 @@ def _at(path: Path | None, text: str, key_path: tuple[str | int, ...], words: st
     return f"{path}{f':{line}' if line else ''}: {dotted}: {words}"
 
 
-def _line_of(text: str, key_path: tuple[str | int, ...]) -> int | None:
-    """The line that holds a key, or else its table's heading: for plain `[table]`, `[[array]]`, `key = value` lines."""
+def _line_of(text: str, key_path: _KeyPath) -> int | None:
+    """The line that holds a key, or else its table's heading: for plain `[table]`, `[[array]]`, `key = value` lines.
+
+    What is inside a value is where that begins.
+    """
     section = str(key_path[0]) if key_path else ""
     wanted = key_path[1] if len(key_path) > 1 and isinstance(key_path[1], int) else 0
     keys = [part for part in key_path[1:] if isinstance(part, str)]

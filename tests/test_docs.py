@@ -18,6 +18,7 @@ from proxy.settings import (
     Settings,
     StoreSettings,
     StreamingSettings,
+    TargetSettings,
     UpstreamSettings,
     load,
 )
@@ -176,6 +177,11 @@ def test_reference_says_what_is_required_and_what_is_the_default(section: str) -
             assert tomllib.loads(f"it = {shown[1]}")["it"] == default_of(field)
 
 
+def test_reference_explains_every_field_of_a_target() -> None:
+    comment = next(entry.comment for entry in entries() if (entry.section, entry.field) == ("model", "targets"))
+    assert set(re.findall(r"`([a-z_]+)`:", comment)) == {field.name for field in fields(TargetSettings)} - {"target"}
+
+
 def test_reference_explains_every_field_of_the_tables() -> None:
     silent = [entry.field for entry in entries() if entry.section in TABLES and len(entry.comment) < 40]
     assert not silent
@@ -197,7 +203,7 @@ def test_reference_examples_load(tmp_path: Path) -> None:
     assert len(settings.upstream) == 3
     assert settings.secrets.keys() == {"openai", "lab"}
     assert settings.proxies.keys() == {"openai"}
-    assert len(settings.model) == 1
+    assert [model.name for model in settings.model] == ["chat", "chat-shared"]
 
 
 # ------------------------------------------------------------------------------------------------------- the pages

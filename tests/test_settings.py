@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
+from proxy.addresses import is_loopback, redact_url
 from proxy.errors import ConfigError
 from proxy.settings import (
+    ModelSettings,
     Settings,
+    TargetSettings,
     UpstreamSettings,
-    is_loopback,
     load,
     matches,
-    redact_url,
     with_server,
     with_upstreams,
 )
@@ -59,16 +60,28 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
         api_key_env = "KEY"
         models = ["gpt-*"]
         stream = "never"
+        prefill = "prefix"
         [[model]]
         name = "fast"
-        targets = ["a/gpt-1", "a/b/c"]
+        targets = ["a/gpt-1", {{ target = " a/b/c ", weight = 3, context_tokens = 128000 }}, {{ target = "a/d" }}]
+        delivery = "whole"
+        recovery = "continue"
+        coalesce = false
+        [[model]]
+        name = "plain"
+        targets = ["a/x"]
     """
     settings = loaded(tmp_path, text, {"KEY": f" {SECRET}\n"})
     assert (settings.server.port, settings.server.cors_origins) == (9000, ("https://a.example",))
     assert settings.store.path == Path("/tmp/x.db")
     assert (settings.streaming.idle_timeout_s, settings.streaming.force_non_streaming) == (5, True)
     assert (settings.upstream[0].models, settings.upstream[0].stream) == (("gpt-*",), "never")
-    assert settings.model[0].targets == ("a/gpt-1", "a/b/c")
+    assert settings.upstream[0].prefill == "prefix"
+    targets = TargetSettings("a/gpt-1"), TargetSettings("a/b/c", 3, 128_000), TargetSettings("a/d")
+    assert settings.model == (
+        ModelSettings("fast", targets, recovery="continue", delivery="whole", coalesce=False),
+        ModelSettings("plain", (TargetSettings("a/x"),)),
+    )
     assert dict(settings.secrets) == {"a": SECRET}
 
 
@@ -99,8 +112,8 @@ x = 1
         ("c.toml:8: upstream[0].base_url: ", "must be a URL"),
         ("c.toml:10: upstream[1].name: ", "'a' already"),
         ("c.toml:12: upstream[1].straem: unknown key", "did you mean stream?"),
-        ("c.toml:15: model[0].targets: ", "'aa/x': no upstream is named 'aa'; did you mean a?"),
-        ("c.toml:15: model[0].targets: ", "'y' must be written upstream/model"),
+        ("c.toml:15: model[0].targets[0]: ", "'aa/x': no upstream is named 'aa'; did you mean a?"),
+        ("c.toml:15: model[0].targets[1]: ", "'y' must be written upstream/model"),
         ("c.toml:16: streming: unknown key", "did you mean streaming?"),
         ("environment variable HEADWATER_STREAMING__IDLE_TIMEOUT_S: ", "valid number"),
         ("environment variable HEADWATER_STREAMING__MAX_RETRYS: ", "did you mean HEADWATER_STREAMING__MAX_RETRIES?"),
@@ -114,6 +127,65 @@ x = 1
         found.remove(problem)
 
 
+def test_a_wrong_item_of_a_list_hides_no_other_and_all_keep_their_places(tmp_path: Path) -> None:
+    text = """[[upstream]]
+name = "no-url"
+[[upstream]]
+name = "a"
+base_url = "ftp://x"
+models = [3]
+api_key_env = "UNSET"
+[[model]]
+name = "none-is-good"
+targets = [3, { weight = 1 }]
+recovery = "on"
+[[model]]
+name = "m"
+targets = [{ targt = "a/x" }, 3, "aa/x", { target = "a/x", wieght = 0 }, { target = "a/y", weight = 0 }, "a/x"]
+[[model]]
+name = "m"
+targets = [{ target = "a/x", context_tokens = 1.5 }, ""]
+coalesce = "perhaps"
+[[model]]
+name = "m"
+targets = [{ target = "aa/y", wieght = 2 }]
+"""
+    a_target = 'must be "upstream/model", or a table with that as its target'
+    assert sorted(problems(tmp_path, text)) == sorted(
+        [
+            "c.toml:1: upstream[0].base_url: field required",
+            "c.toml:5: upstream[1].base_url: must be a URL like https://api.openai.com/v1",
+            "c.toml:6: upstream[1].models[0]: input should be a valid string",
+            "c.toml:3: upstream[1]: upstream 'a': environment variable UNSET is not set",
+            f"c.toml:10: model[0].targets[0]: {a_target}",
+            "c.toml:10: model[0].targets[1].target: field required",
+            "c.toml:11: model[0].recovery: input should be 'exact', 'continue' or 'off'",
+            "c.toml:14: model[1].targets[0].target: field required",
+            "c.toml:14: model[1].targets[0].targt: unknown key; did you mean target?",
+            f"c.toml:14: model[1].targets[1]: {a_target}",
+            "c.toml:14: model[1].targets[2]: 'aa/x': no upstream is named 'aa'; did you mean a?",
+            "c.toml:14: model[1].targets[3].wieght: unknown key; did you mean weight?",
+            "c.toml:14: model[1].targets[4].weight: input should be greater than 0",
+            "c.toml:14: model[1].targets[5]: 'a/x' is a target of this model already",
+            "c.toml:16: model[2].name: another model is named 'm' already",
+            "c.toml:17: model[2].targets[0].context_tokens: input should be a valid integer, got a number with a fractional part",
+            "c.toml:17: model[2].targets[1]: '' must be written upstream/model",
+            "c.toml:18: model[2].coalesce: input should be a valid boolean, unable to interpret input",
+            "c.toml:20: model[3].name: another model is named 'm' already",
+            "c.toml:21: model[3].targets[0].wieght: unknown key; did you mean weight?",
+            "c.toml:21: model[3].targets[0]: 'aa/y': no upstream is named 'aa'; did you mean a?",
+        ]
+    )
+
+
+def test_targets_may_be_written_as_tables_of_their_own(tmp_path: Path) -> None:
+    text = UPSTREAM + '[[model]]\nname = "m"\n[[model.targets]]\ntarget = "a/x"\nweight = 0.5\n'
+    assert loaded(tmp_path, text).model[0].targets == (TargetSettings("a/x", 0.5),)
+    assert problems(tmp_path, text + "weigth = 1\n") == [
+        "c.toml:4: model[0].targets[0].weigth: unknown key; did you mean weight?"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
@@ -123,6 +195,13 @@ x = 1
         ("[streaming]\nheartbeat_interval_s = -1\n", "c.toml:2: streaming.heartbeat_interval_s"),
         ("[streaming]\nmax_retries = 2.5\n", "c.toml:2: streaming.max_retries"),
         ("[streaming]\nmax_answer_bytes = 1\n", "c.toml:2: streaming.max_answer_bytes"),
+        ('[streaming]\nrecovery = "on"\n', "c.toml:2: streaming.recovery"),
+        ("[streaming]\nrecovery_timeout_s = 0\n", "c.toml:2: streaming.recovery_timeout_s"),
+        ("[streaming]\ncoalesce_max_temperature = -0.1\n", "c.toml:2: streaming.coalesce_max_temperature"),
+        ("[streaming]\nresume_window_s = -1\n", "c.toml:2: streaming.resume_window_s"),
+        ("[streaming]\nresume_max_mb = 0\n", "c.toml:2: streaming.resume_max_mb"),
+        ("[streaming]\ncircuit_failures = 0\n", "c.toml:2: streaming.circuit_failures"),
+        ("[streaming]\ncircuit_cooldown_s = 0\n", "c.toml:2: streaming.circuit_cooldown_s"),
         ("[server]\n\nport = 70_000\n", "c.toml:3: server.port"),
         ('[server]\nlog_format = "xml"\n', "c.toml:2: server.log_format"),
         ("server = 3\n", "c.toml:1: server"),
@@ -130,10 +209,14 @@ x = 1
         ('[[upstream]]\nname = "a"\n', "c.toml:1: upstream[0].base_url"),
         (UPSTREAM + "models = []\n", "c.toml:4: upstream[0].models"),
         (UPSTREAM + 'stream = "sometimes"\n', "c.toml:4: upstream[0].stream"),
+        (UPSTREAM + 'prefill = "always"\n', "c.toml:4: upstream[0].prefill"),
         (UPSTREAM.replace('"a"', '"a/b"'), "c.toml:2: upstream[0].name"),
         (UPSTREAM + UPSTREAM.replace('"a"', '"b c"'), "c.toml:5: upstream[1].name"),
         (UPSTREAM + '[[model]]\nname = "m"\ntargets = []\n', "c.toml:6: model[0].targets"),
-        (UPSTREAM + '[[model]]\nname = "m"\ntargets = ["a/"]\n', "c.toml:6: model[0].targets"),
+        (UPSTREAM + '[[model]]\nname = "m"\ntargets = ["a/"]\n', "c.toml:6: model[0].targets[0]"),
+        (UPSTREAM + '[[model]]\nname = "m"\ntargets = "a/x"\n', "c.toml:6: model[0].targets"),
+        (UPSTREAM + '[[model]]\nname = "m"\ntargets = ["a/x"]\ndelivery = "all"\n', "c.toml:7: model[0].delivery"),
+        (UPSTREAM + '[model]\nname = "m"\ntargets = ["a/x"]\n', "c.toml:4: model"),
         (UPSTREAM + 'api_key_env = "K"\napi_key_file = "/dev/null"\n', "c.toml:1: upstream[0]"),
         (UPSTREAM + 'api_key_env = "UNSET"\n', "c.toml:1: upstream[0]"),
         (UPSTREAM + 'api_key_env = "EMPTY"\n', "c.toml:1: upstream[0]"),

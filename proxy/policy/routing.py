@@ -1,4 +1,4 @@
-"""Which target a model's name means.
+"""Which targets a model's name means, and in which order a call asks them.
 
 A name resolves, in this order: an alias from the config → `upstream/model` → an upstream that names the model in full
 → an upstream whose own list has it → the first upstream whose pattern fits. The list matters where several upstreams
@@ -8,11 +8,13 @@ take any name (`models = ["*"]`), as servers found on the machine do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate, pairwise
 
-from proxy.chat import Target
+from proxy.chat import Route, Target
 from proxy.errors import ClientError
-from proxy.settings import Settings, matches
+from proxy.settings import ModelSettings, Settings, StreamingSettings, matches
 
 _MAX_REMEMBERED = 4096
 
@@ -21,15 +23,14 @@ class Routes:
     """The names of one configuration. What a name resolved to is remembered until a list changes."""
 
     def __init__(self, settings: Settings) -> None:
-        self._aliases = {
-            model.name: tuple(Target(*target.split("/", 1)) for target in model.targets) for model in settings.model
-        }
+        self._streaming = settings.streaming
+        self._aliases = {model.name: _route(model, settings.streaming) for model in settings.model}
         self._patterns = {upstream.name: upstream.models for upstream in settings.upstream}
         self._listed: dict[str, tuple[str, ...]] = {}
-        self._remembered: dict[str, tuple[Target, ...]] = {}
+        self._remembered: dict[str, Route] = {}
 
     @property
-    def aliases(self) -> Mapping[str, tuple[Target, ...]]:
+    def aliases(self) -> Mapping[str, Route]:
         return self._aliases
 
     def set_listed(self, upstream: str, models: tuple[str, ...]) -> None:
@@ -52,8 +53,8 @@ class Routes:
         """Whether the config lets this upstream serve the model."""
         return any(matches(pattern, model) for pattern in self._patterns[upstream])
 
-    def resolve(self, model: str) -> tuple[Target, ...]:
-        """The targets for a name, first to last. ClientError 404 `model_not_found`, with close names, when there is none."""
+    def resolve(self, model: str) -> Route:
+        """What a name stands for. ClientError 404 `model_not_found`, with close names, when it is nothing here."""
         found = self._remembered.get(model)
         if found is None:
             found = self._find(model)
@@ -62,21 +63,26 @@ class Routes:
             self._remembered[model] = found
         return found
 
-    def _find(self, model: str) -> tuple[Target, ...]:
+    def _find(self, model: str) -> Route:
         if model in self._aliases:
             return self._aliases[model]
+        streaming = self._streaming
+        return Route((self._target(model),), (None,), {}, streaming.recovery, False, streaming.coalesce)
+
+    def _target(self, model: str) -> Target:
+        """The one target behind a name that is no alias."""
         upstream, slash, rest = model.partition("/")
         if slash and rest and upstream in self._patterns and self.serves(upstream, rest):
-            return (Target(upstream, rest),)
+            return Target(upstream, rest)
         candidates = [name for name in self._patterns if self.serves(name, model)]
         for name in candidates:
             if model in self._patterns[name]:
-                return (Target(name, model),)
+                return Target(name, model)
         for name in candidates:
             if model in self._listed.get(name, ()):
-                return (Target(name, model),)
+                return Target(name, model)
         if candidates:
-            return (Target(candidates[0], model),)
+            return Target(candidates[0], model)
         close = difflib.get_close_matches(model, self.known_names(), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ClientError(404, "model_not_found", f"The model '{model}' does not exist here.{hint}", param="model")
@@ -88,3 +94,51 @@ class Routes:
             names |= dict.fromkeys(pattern for pattern in patterns if not any(sign in pattern for sign in "*?["))
             names |= dict.fromkeys(self.listed(upstream))
         return list(names)
+
+
+def _route(model: ModelSettings, streaming: StreamingSettings) -> Route:
+    targets = tuple(Target(*entry.target.split("/", 1)) for entry in model.targets)
+    return Route(
+        targets=targets,
+        weights=tuple(entry.weight for entry in model.targets),
+        contexts={
+            target: entry.context_tokens
+            for target, entry in zip(targets, model.targets, strict=True)
+            if entry.context_tokens is not None
+        },
+        recovery=streaming.recovery if model.recovery is None else model.recovery,
+        delivers_whole=model.delivery == "whole",
+        coalesces=streaming.coalesce if model.coalesce is None else model.coalesce,
+    )
+
+
+def draw(route: Route, luck: Callable[[], float]) -> tuple[Target, ...]:
+    """The targets in the order in which one call asks them; each place among those in a row that have a weight is drawn.
+
+    A place goes to one of the targets left with a probability in proportion to its weight. `luck` gives numbers in
+    [0, 1), as `random.random` does; it is called once for each place at which there is a choice. Where there is none at
+    all, this is `route.targets` itself.
+    """
+    if len(route.weights) == 1 or not any(one and other for one, other in pairwise(route.weights)):
+        return route.targets
+    order: list[Target] = []
+    equals: list[tuple[Target, float]] = []
+    for target, weight in zip(route.targets, route.weights, strict=True):
+        if weight is not None:
+            equals.append((target, weight))
+            continue
+        order += _drawn(equals, luck)
+        order.append(target)
+        equals = []
+    order += _drawn(equals, luck)
+    return tuple(order)
+
+
+def _drawn(equals: list[tuple[Target, float]], luck: Callable[[], float]) -> Iterator[Target]:
+    left = list(equals)
+    while len(left) > 1:
+        sums = list(accumulate(weight for _, weight in left))
+        # Rounding must not lead past the end: the bound that `random.choices` has for the same reason.
+        target, _ = left.pop(bisect(sums, luck() * sums[-1], hi=len(sums) - 1))
+        yield target
+    yield from (target for target, _ in left)

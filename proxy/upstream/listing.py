@@ -39,8 +39,8 @@ class Listing:
         """OpenAI's model objects: aliases first, then each upstream's; a name that two upstreams have, once."""
         await self.refresh()
         merged: dict[str, Model] = {}
-        for name, targets in self._routes.aliases.items():
-            merged[name] = _model(name, "headwater") | {"targets": [str(target) for target in targets]}
+        for name, route in self._routes.aliases.items():
+            merged[name] = _model(name, "headwater") | {"targets": [str(target) for target in route.targets]}
         for upstream in self._session.upstreams.values():
             listed = self._known.get(upstream.name, {})
             for name in self._routes.listed(upstream.name):

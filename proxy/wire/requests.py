@@ -1,18 +1,23 @@
-"""A client's body as a ChatRequest: checked, but not interpreted.
+"""What a client asks for: its body as a ChatRequest, checked but not interpreted, and its headers as Wishes.
 
 Only what the proxy itself must understand is looked at; everything else passes unread, unknown members included, and
-nothing is given a default.
+nothing in a body is given a default.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from proxy.chat import ChatRequest, Parsed
+from proxy.chat import ChatRequest, Parsed, Wishes
 from proxy.errors import ClientError
 from proxy.wire.encoding import loads
 
 MAX_CHOICES = 128
+
+_COALESCE = "x-headwater-coalesce"
+_DELIVERY = "x-headwater-delivery"
+_NO_WISHES = Wishes()
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -66,6 +71,28 @@ def parse_chat_request(raw: bytes) -> ChatRequest:
         wants_running_usage=bool(options and options.get("continuous_usage_stats")),
         choices=choices,
     )
+
+
+def parse_wishes(headers: Mapping[str, str]) -> Wishes:
+    """What the `x-headwater-…` headers ask for: `coalesce: yes | no`, `delivery: whole | stream`, in any case.
+
+    `headers` finds names in any case. ClientError 400 names the header in `param` when it says something else.
+    """
+    coalesce, delivery = headers.get(_COALESCE), headers.get(_DELIVERY)
+    if coalesce is None and delivery is None:
+        return _NO_WISHES
+    return Wishes(
+        coalesces=coalesce is None or _choice(_COALESCE, coalesce, "yes", "no"),
+        delivers_whole=None if delivery is None else _choice(_DELIVERY, delivery, "whole", "stream"),
+    )
+
+
+def _choice(header: str, value: str, this: str, that: str) -> bool:
+    """Whether a header says `this`, and not `that`."""
+    word = value.strip().lower()
+    if word not in (this, that):
+        raise _wrong(header, f"must be '{this}' or '{that}'", "invalid_value")
+    return word == this
 
 
 def required_model(body: dict[str, Any]) -> str:

@@ -1,13 +1,20 @@
-"""Which target a name means."""
+"""Which targets a name means, and in which order they are asked."""
 
 from __future__ import annotations
 
-import pytest
+from collections import Counter
+from collections.abc import Callable
+from itertools import groupby
 
-from proxy.chat import Target
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.chat import Route, Target
 from proxy.errors import ClientError
-from proxy.policy.routing import Routes
-from proxy.settings import ModelSettings, Settings, UpstreamSettings
+from proxy.policy.routing import Routes, draw
+from proxy.settings import ModelSettings, Settings, StreamingSettings, TargetSettings, UpstreamSettings
+from tests.conftest import examples
 
 
 def make(*, models: dict[str, tuple[str, ...]] | None = None, **upstreams: tuple[str, ...]) -> Routes:
@@ -15,7 +22,10 @@ def make(*, models: dict[str, tuple[str, ...]] | None = None, **upstreams: tuple
     return Routes(
         Settings(
             upstream=tuple(UpstreamSettings(name, f"http://{name}", models=kinds) for name, kinds in upstreams.items()),
-            model=tuple(ModelSettings(name, targets) for name, targets in (models or {}).items()),
+            model=tuple(
+                ModelSettings(name, tuple(TargetSettings(target) for target in targets))
+                for name, targets in (models or {}).items()
+            ),
         )
     )
 
@@ -46,13 +56,33 @@ def test_a_name_is_an_alias_or_a_target_or_what_an_upstream_names_or_lists_or_ta
         models={"fast": ("b/gpt-4o-mini", "a/llama"), "a/llama": ("b/other",)},
     )
     routes.set_listed("c", ("listed-by-c", "not-allowed"))
-    assert [str(target) for target in routes.resolve(name)] == targets
+    assert [str(target) for target in routes.resolve(name).targets] == targets
     assert routes.resolve(name) is routes.resolve(name)
 
 
 def test_a_targets_model_may_hold_slashes() -> None:
     routes = make(a=("*",), models={"m": ("a/meta/llama",)})
-    assert routes.resolve("m") == (Target("a", "meta/llama"),)
+    assert routes.resolve("m").targets == (Target("a", "meta/llama"),)
+
+
+def test_a_route_says_what_its_model_says_and_the_rest_is_as_for_all() -> None:
+    streaming = StreamingSettings(recovery="off", coalesce=False)
+    told = (TargetSettings("a/x", 2, 8000), TargetSettings("a/y"))
+    routes = Routes(
+        Settings(
+            streaming=streaming,
+            upstream=(UpstreamSettings("a", "http://a"),),
+            model=(
+                ModelSettings("told", told, recovery="continue", delivery="whole", coalesce=True),
+                ModelSettings("quiet", (TargetSettings("a/x"),)),
+            ),
+        )
+    )
+    x, y = Target("a", "x"), Target("a", "y")
+    assert routes.resolve("told") == Route((x, y), (2, None), {x: 8000}, "continue", True, True)
+    assert routes.resolve("quiet") == Route((x,), (None,), {}, "off", False, False)
+    assert routes.resolve("a/y") == Route((y,), (None,), {}, "off", False, False)
+    assert routes.aliases == {name: routes.resolve(name) for name in ("told", "quiet")}
 
 
 @pytest.mark.parametrize(
@@ -86,21 +116,95 @@ def test_a_pattern_is_no_name_to_suggest_and_what_may_not_be_served_is_not_liste
 
 def test_what_a_name_resolved_to_is_forgotten_when_a_list_changes() -> None:
     routes = make(a=("*",), b=("*",))
-    assert routes.resolve("m") == (Target("a", "m"),)
+    assert routes.resolve("m").targets == (Target("a", "m"),)
     routes.set_listed("b", ("m",))
-    assert routes.resolve("m") == (Target("b", "m"),)
+    assert routes.resolve("m").targets == (Target("b", "m"),)
     routes.set_listed("a", ("m",))
-    assert routes.resolve("m") == (Target("a", "m"),)
+    assert routes.resolve("m").targets == (Target("a", "m"),)
 
 
 def test_memory_is_bounded_when_clients_make_up_names() -> None:
     routes = make(a=("*",))
     for number in range(10_000):
-        assert routes.resolve(f"name-{number}") == (Target("a", f"name-{number}"),)
-    assert routes.resolve("name-0") == (Target("a", "name-0"),)
+        assert routes.resolve(f"name-{number}").targets == (Target("a", f"name-{number}"),)
+    assert routes.resolve("name-0").targets == (Target("a", "name-0"),)
 
 
 def test_a_request_without_a_model_goes_to_the_first_upstream() -> None:
     assert make(x=("a",), y=("*",)).default_upstream() == "x"
     with pytest.raises(ClientError, match="No upstream"):
         make().default_upstream()
+
+
+def route(*weights: float | None) -> Route:
+    targets = tuple(Target("up", str(number)) for number in range(len(weights)))
+    return Route(targets, weights, {}, "exact", False, True)
+
+
+def playing(numbers: list[float]) -> Callable[[], float]:
+    """Luck that gives these numbers, and fails when it is asked for more."""
+    return iter(numbers).__next__
+
+
+def groups(weights: tuple[float | None, ...]) -> list[list[int]]:
+    """The places of targets in a row that have a weight, and each other place for itself."""
+    return [
+        list(places) for _, places in groupby(range(len(weights)), lambda place: "equal" if weights[place] else place)
+    ]
+
+
+LUCK = st.floats(0, 1, exclude_max=True)
+WEIGHTS = st.lists(st.none() | st.floats(0, 1e6, exclude_min=True), min_size=1, max_size=8).map(tuple)
+
+
+@examples(200)
+@given(weights=WEIGHTS, luck=st.lists(LUCK, min_size=7, max_size=7))
+def test_a_draw_moves_targets_only_among_those_in_a_row_that_have_a_weight(
+    weights: tuple[float | None, ...], luck: list[float]
+) -> None:
+    given_order = route(*weights)
+    order = draw(given_order, playing(luck))
+    for places in groups(weights):
+        assert {order[place] for place in places} == {given_order.targets[place] for place in places}
+    assert len(order) == len(weights)
+    assert order == draw(given_order, playing(luck)), "the same luck, the same order"
+    if all(len(places) == 1 for places in groups(weights)):
+        assert draw(given_order, playing([])) is given_order.targets
+
+
+@examples(100)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=5))
+def test_the_first_place_is_drawn_in_proportion_to_the_weights(weights: list[int]) -> None:
+    """Over a grid of as many numbers as the weights add up to, each target is hit as often as its weight says."""
+    total, rest = sum(weights), [0.0] * len(weights)
+    firsts = [draw(route(*weights), playing([(step + 0.5) / total, *rest]))[0] for step in range(total)]
+    assert Counter(firsts) == dict(zip(route(*weights).targets, weights, strict=True))
+
+
+@examples(100)
+@given(st.lists(st.floats(0.1, 9), min_size=2, max_size=6), st.lists(LUCK, min_size=5, max_size=5))
+def test_the_places_behind_it_are_drawn_like_the_first_one_among_those_left(
+    weights: list[float], luck: list[float]
+) -> None:
+    first, *others = draw(route(*weights), playing(luck))
+    left = [place for place in range(len(weights)) if place != int(first.model)]
+    again = draw(route(*(weights[place] for place in left)), playing(luck[1:]))
+    assert others == [route(*weights).targets[left[int(target.model)]] for target in again]
+
+
+@pytest.mark.parametrize(
+    ("weights", "luck", "order"),
+    [
+        ((None, None), [], "01"),
+        ((3,), [], "0"),
+        ((3, None, 1), [], "012"),  # each alone: nothing to draw
+        ((3, 1), [0.74], "01"),
+        ((3, 1), [0.76], "10"),
+        ((None, 3, 1, None), [0.76], "0213"),
+        ((3, 1, None, 1, 1), [0.76, 0.0], "10234"),
+        ((1, 1, 2), [0.5, 0.6], "210"),
+        ((5e-324, 5e-324), [1 - 2**-53], "10"),  # a product that is rounded up to the sum
+    ],
+)
+def test_a_draw(weights: tuple[float | None, ...], luck: list[float], order: str) -> None:
+    assert "".join(target.model for target in draw(route(*weights), playing(luck))) == order

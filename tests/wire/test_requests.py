@@ -1,4 +1,4 @@
-"""A client's body: what must be right is named when it is wrong, and everything else is left as it is."""
+"""A client's body and wishes: what must be right is named when it is wrong, and everything else is left as it is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 
+from proxy.chat import Wishes
 from proxy.errors import ClientError
-from proxy.wire.requests import MAX_CHOICES, parse_chat_request, parse_object
+from proxy.wire.requests import MAX_CHOICES, parse_chat_request, parse_object, parse_wishes
 
 GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -113,3 +115,31 @@ def test_half_an_emoji_in_a_question_is_no_reason_to_refuse_it() -> None:
     request = parse_chat_request(raw)
     assert request.body["messages"][0]["content"] == "cut \ufffd"
     assert request.raw is raw
+
+
+@pytest.mark.parametrize(
+    ("headers", "wishes"),
+    [
+        ({"Accept": "*/*"}, Wishes()),
+        ({"X-Headwater-Coalesce": " No "}, Wishes(coalesces=False)),
+        ({"x-headwater-coalesce": "yes"}, Wishes()),
+        ({"X-HEADWATER-DELIVERY": "WHOLE\t"}, Wishes(delivers_whole=True)),
+        ({"x-headwater-delivery": "stream"}, Wishes(delivers_whole=False)),
+        ({"x-headwater-delivery": "whole", "x-headwater-coalesce": "no"}, Wishes(False, True)),
+    ],
+)
+def test_wishes_are_read_in_any_case(headers: dict[str, str], wishes: Wishes) -> None:
+    assert parse_wishes(CIMultiDict(headers)) == wishes
+
+
+def test_without_wishes_nothing_is_made() -> None:
+    assert parse_wishes(CIMultiDict()) is parse_wishes(CIMultiDict({"x-headwater": "no"}))
+
+
+@pytest.mark.parametrize("value", ["", "true", "stream whole", "no, yes", "\udcff"])
+@pytest.mark.parametrize("header", ["x-headwater-coalesce", "x-headwater-delivery"])
+def test_a_wish_that_is_none_is_named_by_its_header(header: str, value: str) -> None:
+    with pytest.raises(ClientError) as caught:
+        parse_wishes(CIMultiDict({header.upper(): value}))
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", header)
+    assert header in caught.value.message
