@@ -1,7 +1,7 @@
 """The log of one answer: what a producer appends, and any number of readers deliver.
 
-A log is an append-only list of *segments*, each the bytes of one or more whole SSE events, and an ending. Or it is one
-JSON body (`put_whole`), when the upstream gave one and the client wants one.
+A log is an append-only list of *segments*, each the bytes of one or more whole SSE events, and an ending; for readers
+that want one JSON body it holds that as well (`put_whole`), before it ends.
 
 Push, not pull: everything here is a plain call. A reader that is up to date has its sink written to inside `append`, so
 that bytes go from the upstream's socket to the client's in one call stack, with no task woken between. A reader that is
@@ -11,7 +11,8 @@ Back-pressure: a reader whose sink is full is *stuck*. While all readers are stu
 not stuck keeps the source going, so readers never stall each other.
 
 Commit: until `commit`, nothing is visible, and `fail` still becomes an HTTP status. After it, `fail` becomes an error
-event, the last of the log. `[DONE]` comes from the producer, and only behind a whole answer.
+event, the last of the log. `[DONE]`, and the usage for those who asked for it, are no segments: readers say them behind the
+last one, and only where the log did not fail.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from proxy.errors import ProxyError, UpstreamError
+from proxy.errors import ProxyError, Trouble, UpstreamError
 from proxy.wire.encoding import dumps
-from proxy.wire.sse import PING, data_event
+from proxy.wire.sse import DONE, PING, data_event
 
 _CATCH_UP_BYTES = 256 * 1024
+_EVENT_END = b"\n\n"
 
 
 class Sink(Protocol):
@@ -72,11 +74,7 @@ class Reader(Protocol):
 
 
 class AnswerLog:
-    """One answer.
-
-    `on_left` is called when the last reader has left, whether the log is closed by then or not. `source`, when set, is
-    paused while all readers are stuck.
-    """
+    """One answer. `source`, when set, is paused while all readers are stuck."""
 
     __slots__ = (
         "_live",
@@ -88,9 +86,9 @@ class AnswerLog:
         "headers",
         "is_closed",
         "is_committed",
-        "on_left",
         "segments",
         "size",
+        "usage",
         "whole",
     )
 
@@ -101,9 +99,10 @@ class AnswerLog:
         self._live: Sink | None = None
         """The live sink of the only reader: to come to it, a chunk need not go by the list and the reader."""
         self._source: Source | None = None
-        self.on_left: Callable[[], object] | None = None
         self.segments: list[bytes] = []
         self.size = 0
+        self.usage = b""
+        """The event that says the usage, for those who asked for it; there at the end."""
         self.whole: bytes | None = None
         self.is_committed = False
         self.is_closed = False
@@ -141,19 +140,8 @@ class AnswerLog:
         elif not self._live.write(segment):
             self._readers[0].fill()
 
-    def rewind(self) -> None:
-        """Forget what nobody has seen, before another attempt. Once something was seen, nothing is forgotten."""
-        if not self.is_committed:
-            self.segments.clear()
-            self.size = 0
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether a client may have seen some of the answer, so that it can only go on from there."""
-        return self.is_committed and bool(self.segments)
-
     def put_whole(self, body: bytes) -> None:
-        """The answer as one JSON body, for readers that want one."""
+        """The answer as one JSON body, for readers that want one; to be there when the log is closed."""
         self.whole = body
 
     def ping(self) -> None:
@@ -161,10 +149,9 @@ class AnswerLog:
         self.commit()
         self._push(PING)
 
-    def finish(self, last: bytes = b"") -> None:
+    def finish(self, last: bytes = b"", usage: bytes = b"") -> None:
         """Close the log behind its last events, which readers get together with the end. UpstreamError past `max_bytes`."""
-        if self.is_closed:
-            return
+        self.usage = usage
         if last:
             self.size += len(last)
             if self.size > self._max_bytes:
@@ -173,18 +160,31 @@ class AnswerLog:
         self.is_committed = True
         self._close(unread=1 if last else 0)
 
+    def tail(self, *, wants_usage: bool) -> list[bytes]:
+        """What a reader says behind the last segment: nothing, if the log failed."""
+        if self.failure is not None:
+            return []
+        return [self.usage, DONE] if wants_usage and self.usage else [DONE]
+
+    def count(self) -> int:
+        """How many events the segments hold."""
+        # No event holds an empty line, for JSON writes line ends as escapes.
+        return sum(segment.count(_EVENT_END) for segment in self.segments)
+
     def fail(self, error: ProxyError) -> None:
         """Close the log with an error: a status where none was sent yet, else an event."""
         if self.is_closed:
             return
         self.failure = error
+        # An error holds the frames it came through, and they all that the making of the answer needed; the log may be kept.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         if self.is_committed:
             self.segments.append(data_event(dumps(error.envelope())))
         self._close(unread=1 if self.is_committed else 0)
 
     def _too_large(self) -> UpstreamError:
         words = f"The answer is longer than {self._max_bytes} bytes."
-        return UpstreamError(502, "answer_too_large", words, may_retry=False)
+        return UpstreamError(502, "answer_too_large", words, trouble=Trouble.FINAL)
 
     def _push(self, segment: bytes) -> None:
         for reader in self._readers:
@@ -210,9 +210,6 @@ class AnswerLog:
         self._stuck -= reader.is_stuck
         self.note_live()
         self._balance()
-        if not self._readers and self.on_left is not None:
-            on_left, self.on_left = self.on_left, None
-            on_left()
 
     def note_live(self) -> None:
         """To be called whenever a reader's `live` changes."""
@@ -238,22 +235,42 @@ class AnswerLog:
 
 
 class StreamReader:
-    """Delivers a log to a sink, from the first segment to the end, at which it leaves by itself.
+    """Delivers a log to a sink, from behind its `after`-th event to the end, at which it leaves by itself.
 
-    Joins when made, and may begin to write at once.
+    Joins when made, and may begin to write at once. `on_left` is called if the client leaves before the end.
     """
 
-    __slots__ = ("_log", "_position", "_sink", "is_stuck", "live")
+    __slots__ = ("_after", "_log", "_on_left", "_position", "_rest", "_sink", "_wants_usage", "is_stuck", "live")
 
-    def __init__(self, log: AnswerLog, sink: Sink) -> None:
+    def __init__(
+        self, log: AnswerLog, sink: Sink, on_left: Callable[[], object], *, wants_usage: bool = False, after: int = 0
+    ) -> None:
         self._log = log
         self._sink = sink
+        self._on_left = on_left
+        self._wants_usage = wants_usage
         self._position = 0
         """How many segments were written; not kept while `live`, for then it is all."""
+        self._rest = b""
+        """What is still to be written of the segment before the position."""
+        self._after = after
+        """How many of the events from here on the client has already."""
         self.live: Sink | None = None
         self.is_stuck = False
         log.join(self)
+        if after:
+            self._skip()
         self._catch_up()
+
+    def _skip(self) -> None:
+        segments = self._log.segments
+        while self._after and self._position < len(segments):
+            segment = segments[self._position]
+            self._position += 1
+            events = segment.count(_EVENT_END)
+            if events > self._after:
+                self._rest = segment.split(_EVENT_END, self._after)[self._after]
+            self._after = max(0, self._after - events)
 
     def resume(self) -> None:
         """The sink has room again."""
@@ -266,6 +283,7 @@ class StreamReader:
         """The client has gone."""
         self.live = None
         self._log.leave(self)
+        self._on_left()
 
     # Called by the log.
 
@@ -301,7 +319,7 @@ class StreamReader:
             batch = self._next_batch()
             if log.is_closed and self._position == len(log.segments):
                 log.leave(self)
-                self._sink.end(batch)
+                self._sink.end(b"".join((batch, *log.tail(wants_usage=self._wants_usage)[self._after :])))
                 return
             if not batch:
                 self.live = self._sink
@@ -314,24 +332,26 @@ class StreamReader:
     def _next_batch(self) -> bytes:
         segments = self._log.segments
         start = self._position
-        size = 0
+        rest, self._rest = self._rest, b""
+        size = len(rest)
         while self._position < len(segments) and size < _CATCH_UP_BYTES:
             size += len(segments[self._position])
             self._position += 1
-        return b"".join(segments[start : self._position])
+        return rest + b"".join(segments[start : self._position])
 
 
 class BodyReader:
     """Waits for the end of a log, to take its one body (`log.whole`) or its failure. `on_closed` is called there, once.
 
-    Joins when made, and leaves by itself before `on_closed`.
+    Joins when made, and leaves by itself before `on_closed`. `on_left` is called instead if the client leaves earlier.
     """
 
-    __slots__ = ("_log", "_on_closed", "is_stuck", "live")
+    __slots__ = ("_log", "_on_closed", "_on_left", "is_stuck", "live")
 
-    def __init__(self, log: AnswerLog, on_closed: Callable[[], object]) -> None:
+    def __init__(self, log: AnswerLog, on_closed: Callable[[], object], on_left: Callable[[], object]) -> None:
         self._log = log
         self._on_closed = on_closed
+        self._on_left = on_left
         self.live: Sink | None = None
         self.is_stuck = False
         log.join(self)
@@ -341,6 +361,7 @@ class BodyReader:
     def leave(self) -> None:
         """The client has gone."""
         self._log.leave(self)
+        self._on_left()
 
     # Called by the log.
 
@@ -355,10 +376,10 @@ class BodyReader:
         self._on_closed()
 
 
-async def read_to_end(log: AnswerLog) -> None:
+async def read_to_end(log: AnswerLog, on_left: Callable[[], object]) -> None:
     """Be a reader of a log until it is closed. Raises its failure."""
     closed = asyncio.Event()
-    reader = BodyReader(log, closed.set)
+    reader = BodyReader(log, closed.set, on_left)
     try:
         await closed.wait()
     except asyncio.CancelledError:

@@ -17,6 +17,7 @@ null is fine).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any, ClassVar
 
 
@@ -75,11 +76,42 @@ class ClientError(ProxyError):
     default_type = "invalid_request_error"
 
 
+class Trouble(StrEnum):
+    """What kind of failure an UpstreamError is, as far as that decides what to do next."""
+
+    REQUEST = "request"  # the request is wrong, wherever it goes
+    POLICY = "policy"  # the provider refuses what is said: never asked again, never routed around
+    CONTEXT = "context"  # too long for this model
+    CREDENTIAL = "credential"  # our key is refused, unpaid, or its quota is spent
+    MISSING = "missing"  # that model does not exist there
+    LIMITED = "limited"  # too many requests for now
+    OVERLOADED = "overloaded"  # the upstream cannot take it now
+    BROKEN = "broken"  # the upstream failed, or the connection to it
+    SILENT = "silent"  # nothing came in time
+    FINAL = "final"  # a limit of ours: asking again would be against it
+
+
+_TROUBLE_OF_STATUS = {
+    401: Trouble.CREDENTIAL,
+    402: Trouble.CREDENTIAL,
+    403: Trouble.CREDENTIAL,
+    404: Trouble.MISSING,
+    408: Trouble.BROKEN,
+    429: Trouble.LIMITED,
+    503: Trouble.OVERLOADED,
+    529: Trouble.OVERLOADED,  # Anthropic's: https://docs.anthropic.com/en/api/errors
+}
+
+
+def trouble_of_status(status: int) -> Trouble:
+    """What an upstream's status says by itself, where its words say nothing."""
+    return _TROUBLE_OF_STATUS.get(status) or (Trouble.BROKEN if status >= 500 else Trouble.REQUEST)
+
+
 class UpstreamError(ProxyError):
     """The upstream refused, broke or stayed silent.
 
-    `may_retry` says that another target might do better: true for what speaks of the upstream (5xx, 429, a bad
-    credential, silence, a broken connection), false for what speaks of the request.
+    `trouble` says which of these; without one it follows from the status.
     """
 
     source = "upstream"
@@ -95,10 +127,10 @@ class UpstreamError(ProxyError):
         param: str | None = None,
         retry_after: str | None = None,
         extra: dict[str, Any] | None = None,
-        may_retry: bool | None = None,
+        trouble: Trouble | None = None,
     ) -> None:
         super().__init__(status, code, message, kind=kind, param=param, retry_after=retry_after, extra=extra)
-        self.may_retry = (status >= 500 or status in (401, 403, 408, 429)) if may_retry is None else may_retry
+        self.trouble = trouble or trouble_of_status(status)
 
 
 class OverloadedError(ProxyError):

@@ -1,15 +1,15 @@
 """Between the upstream's socket and the log: one read after the other, in the call stack that brings it.
 
 Until the first event that means anything, events are held back, for an error among them can still be a status; the
-hold is bounded. From there on everything is passed on as it comes, and the watch is told that something was heard. What
-came together with `[DONE]` is left to whoever ends the log (`rest`), so that it leaves in one write with the end.
+hold is bounded. From there on everything goes to the outlet as it comes.
+What came together with `[DONE]` is left to whoever ends the log (`rest`), so that it leaves in one write with the end.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
-from proxy.answerlog import AnswerLog
 from proxy.upstream.watch import Watch
 from proxy.wire.lane import Lane
 from proxy.wire.normal import Normalizer
@@ -21,20 +21,27 @@ _MAX_HELD_BYTES = 256 * 1024
 _AFTER_FINISH_S = 1.0
 
 
+Outlet = Callable[[bytes], None]
+"""Where a stream's events go, segment by segment."""
+
+
+def _nowhere(segment: bytes) -> None:
+    raise AssertionError("There are no events before the first.")
+
+
 class Pump:
-    """Carries one stream. With `commits` the first event that means something commits the log: a client reads along.
+    """Carries one stream. `begin` gets the pump at the first event that means something; what it gives is the outlet.
 
     Times are the event loop's, in seconds.
     """
 
     __slots__ = (
-        "_commits",
+        "_begin",
         "_held",
-        "_idle_timeout_s",
         "_lane",
-        "_log",
         "_normalizer",
         "_now",
+        "_pass_on",
         "_watch",
         "first_event_at",
         "heard_at",
@@ -43,14 +50,11 @@ class Pump:
         "said_at",
     )
 
-    def __init__(
-        self, normalizer: Normalizer, log: AnswerLog, watch: Watch, idle_timeout_s: float, *, commits: bool
-    ) -> None:
+    def __init__(self, normalizer: Normalizer, watch: Watch, begin: Callable[[Pump], Outlet]) -> None:
         self._normalizer = normalizer
-        self._log = log
         self._watch = watch
-        self._idle_timeout_s = idle_timeout_s
-        self._commits = commits
+        self._begin = begin
+        self._pass_on: Outlet = _nowhere
         self._now = asyncio.get_running_loop().time
         self._lane: Lane | None = None
         self._held = b""
@@ -58,14 +62,14 @@ class Pump:
         self.first_event_at: float | None = None
         self.heard_at = self.said_at = 0.0
         self.rest = b""
-        """Events that are not in the log yet."""
+        """Events that have not gone to the outlet."""
 
     def feed(self, data: bytes) -> bool:
-        """Take one read; false when the stream has said that it is over. UpstreamError when the log is full."""
+        """Take one read; false when the stream has said that it is over. Raises what the outlet raises."""
         if self._lane is not None and self._lane.passes(data):
             # All but a few chunks of a stream end here, and their price is how many objects they touch on their way.
             self.heard_at = self.said_at = self._now()
-            self._log.append(data)
+            self._pass_on(data)
             return True
         normalizer = self._normalizer
         segment = normalizer.feed(data)
@@ -79,7 +83,7 @@ class Pump:
         if normalizer.is_ending:
             return self._go_on(segment)
         if segment:
-            self._log.append(segment)
+            self._pass_on(segment)
         return True
 
     def _go_on(self, segment: bytes) -> bool:
@@ -88,7 +92,7 @@ class Pump:
         if normalizer.is_done:
             self.rest = segment
         elif segment:
-            self._log.append(segment)
+            self._pass_on(segment)
         self.is_over = normalizer.is_done or normalizer.error is not None
         if not self.is_over and normalizer.is_finished:
             self._watch.limit(_AFTER_FINISH_S, "no_done", "The stream has its finish reason, and stays open.")
@@ -106,11 +110,20 @@ class Pump:
         is_enough = normalizer.events > _MAX_HELD_EVENTS or len(self._held) > _MAX_HELD_BYTES
         if not normalizer.is_meaningful and not is_enough:
             return b""
-        limit_s = self._idle_timeout_s
-        self._watch.limit(limit_s, "idle_timeout", f"The upstream fell silent for {limit_s:g} s in mid-answer.")
         self.first_event_at = self.said_at = self.heard_at
-        self._watch.follow(self)
-        if self._commits:
-            self._log.commit()
+        self._pass_on = self._begin(self)
         held, self._held = self._held, b""
         return held
+
+
+class Unsaid:
+    """The times of a stream that is heard, while the client is told nothing of it."""
+
+    said_at = 0.0
+
+    def __init__(self, pump: Pump) -> None:
+        self._pump = pump
+
+    @property
+    def heard_at(self) -> float:
+        return self._pump.heard_at

@@ -7,12 +7,12 @@ else, with the thread it was seen in.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Literal
 
 from proxy.chat import Ask, ChatRequest
-from proxy.errors import ClientError, UpstreamError
+from proxy.errors import ClientError, Trouble, UpstreamError
 from proxy.wire.encoding import dumps, loads
 
 CHAT_PATH = "/chat/completions"
@@ -23,11 +23,17 @@ _SHOWN_CHARACTERS = 300
 _USAGE_MEMBER = b'{"stream_options":{"include_usage":true},'
 
 
-def chat_body(request: ChatRequest, model: str, ask: Ask) -> bytes:
+Prefill = Literal["auto", "prefix", "continue_final_message", "never"]
+
+
+def chat_body(request: ChatRequest, model: str, ask: Ask, prefill: Prefill = "auto") -> bytes:
     """The body for the upstream: the very bytes that came in, where nothing has to change.
 
-    ClientError 400 when the body must be written anew and is nested deeper than can be written.
+    `prefill` is how the upstream wants to be told to go on from `ask.partial`. ClientError 400 when the body must be
+    written anew and is nested deeper than can be written.
     """
+    if ask.partial:
+        return encode(_continued(_changed(request, model, ask), ask, prefill))
     is_renamed = model != request.model
     adds_usage = ask.stream and ask.usage and not request.wants_usage
     if not is_renamed and not adds_usage and ask.stream == request.wants_stream and ask.usage == request.wants_usage:
@@ -36,22 +42,43 @@ def chat_body(request: ChatRequest, model: str, ask: Ask) -> bytes:
     if adds_usage and not is_renamed and "stream_options" not in body:
         # The one change that most streams need. A valid object with a model has a brace first, and a member behind it.
         return request.raw.replace(b"{", _USAGE_MEMBER, 1)
+    changed = _changed(request, model, ask)
+    return request.raw if changed is body else encode(changed)
+
+
+def _changed(request: ChatRequest, model: str, ask: Ask) -> dict[str, Any]:
+    """The request's members as the upstream is to get them; the very object where none changes."""
+    body = request.body
     changes: dict[str, Any] = {}
     dropped: set[str] = set()
-    if is_renamed:
+    if model != request.model:
         changes["model"] = model
     if not ask.stream:
         # An upstream that refuses streaming may refuse the very word: it is left out, not set to false.
         if request.wants_stream:
             dropped |= {"stream", "stream_options"}
-    elif adds_usage:
+    elif ask.usage and not request.wants_usage:
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     elif not ask.usage and "stream_options" in body:
         dropped.add("stream_options")
     if not changes and not dropped & body.keys():
-        return request.raw
-    kept = {name: value for name, value in body.items() if name not in dropped}
-    return encode(kept | changes)
+        return body
+    return {name: value for name, value in body.items() if name not in dropped} | changes
+
+
+def _continued(body: dict[str, Any], ask: Ask, prefill: Prefill) -> dict[str, Any]:
+    """The body with the beginning of its answer as a last message, and room left for the rest only."""
+    message: dict[str, Any] = {"role": "assistant", "content": ask.partial}
+    changes: dict[str, Any] = {}
+    match prefill:
+        case "prefix":
+            message["prefix"] = True
+        case "continue_final_message":
+            changes |= {"continue_final_message": True, "add_generation_prompt": False}
+    for name in ("max_tokens", "max_completion_tokens"):
+        if isinstance(limit := body.get(name), int):
+            changes[name] = max(1, limit - ask.partial_tokens)
+    return {**body, **changes, "messages": [*body["messages"], message]}
 
 
 def encode(body: dict[str, Any]) -> bytes:
@@ -197,7 +224,117 @@ def _from_object(
         param=param if isinstance(param, str) else None,
         retry_after=retry_after,
         extra=extra,
+        trouble=_trouble(status, error),
     )
+
+
+# What codes and types stand for, whatever the status that came with them. The first that fits counts.
+_CODES = (
+    # OpenAI's; Azure's, nested in `innererror`: https://github.com/compl-ai/compl-ai/issues/20; Xiaomi's:
+    # https://github.com/XiaomiMiMo/MiMo-V2-Flash/issues/18; OpenAI's for images: https://github.com/GooeyAI/gooey-server/pull/1091
+    (
+        Trouble.POLICY,
+        re.compile("(?i)content_filter|content_policy|responsibleaipolicy|moderation_blocked|data_?inspection_?failed"),
+    ),
+    # llama.cpp sends its own with 400, and at first did with 500: https://github.com/ggml-org/llama.cpp/pull/15780
+    (Trouble.CONTEXT, re.compile("(?i)context_length_exceeded|exceed_context_size")),
+    # As `type` alone, too: https://github.com/ChatGPTNextWeb/NextChat/issues/1792
+    (
+        Trouble.CREDENTIAL,
+        re.compile("(?i)insufficient_(?:quota|balance|credits)|billing_|account_deactivated|invalid_api_key"),
+    ),
+    (Trouble.MISSING, re.compile("(?i)model_not_found")),
+    # Groq's 413 for more tokens than it allows a minute: https://github.com/HunorLaczko/ha-groq-cloud-api/issues/27
+    (Trouble.LIMITED, re.compile("(?i)rate_limit")),
+    (Trouble.OVERLOADED, re.compile("(?i)overloaded")),
+)
+
+# What messages say where no code does, and with which statuses that is believed. "Exceeded your current quota" is not among
+# them: Gemini says so of its limits per minute too (https://github.com/google-gemini/gemini-cli/issues/8437).
+_WORDS = (
+    # https://github.com/openai/openai-python/issues/331, https://github.com/RanFeng/clipsketch-ai/issues/6,
+    # https://github.com/Wei-Shaw/sub2api/issues/7093, https://openrouter.ai/docs/api/reference/errors-and-debugging,
+    # https://github.com/deepseek-ai/DeepSeek-V2/issues/30
+    (
+        Trouble.POLICY,
+        frozenset((400, 403, 422, 451)),
+        re.compile(
+            r"(?i)content management policy|a result of our safety system|blocked by (?:our|the) safety system"
+            r"|\b(?:prompt|input|request|message|content)s? (?:was|were|has been|have been) flagged\b"
+            r"|^content exists risk",
+        ),
+    ),
+    # In this order vLLM and OpenRouter (https://github.com/topoteretes/cognee/issues/1061), vLLM since 0.16
+    # (https://github.com/harbor-framework/harbor/pull/996), LM Studio (https://github.com/lmstudio-ai/lmstudio-bug-tracker/issues/546),
+    # SGLang (https://github.com/BerriAI/litellm/issues/10793), llama.cpp, Anthropic and Bedrock
+    # (https://github.com/anymorph-ai/Claudable/issues/3, https://github.com/earendil-works/pi/issues/102,
+    # https://github.com/BerriAI/litellm/pull/21647), Gemini (https://github.com/google-gemini/gemini-cli/issues/6678),
+    # Azure (https://github.com/BerriAI/litellm/issues/15968), text-generation-inference.
+    (
+        Trouble.CONTEXT,
+        frozenset((400, 413, 422)),
+        re.compile(
+            r"(?i)\bmaximum context (?:length|limit)\b"
+            r"|\bcontext length (?:is|of) only \d"
+            r"|\blonger than the model's context length\b"
+            r"|\bexceeds? (?:the )?(?:available context size|context (?:limit|window))\b"
+            r"|\bprompt is too long: \d|\binput is too long for\b"
+            r"|\binput token count [^.]{0,20}exceeds the maximum\b"
+            r"|\binput tokens exceed the configured limit\b"
+            r"|`inputs` tokens \+ `max_new_tokens` must be\b",
+        ),
+    ),
+    # Anthropic's 400 (https://github.com/anthropics/claude-quickstarts/issues/83), and Gemini's
+    # (https://github.com/cequence-io/openai-scala-client/issues/109).
+    (Trouble.CREDENTIAL, frozenset((400,)), re.compile(r"(?i)\bcredit balance is too low\b|\bAPI key not valid\b")),
+)
+
+# What stands in quotes may be the user's own words; an apostrophe inside a word opens none.
+_QUOTED = re.compile('"[^"]*(?:"|$)|“[^”]*(?:”|$)|(?<!\\w)\'.*?(?:\'(?!\\w)|$)', re.DOTALL)
+
+# What an upstream has to say it says at the beginning; behind it may stand the whole request.
+_TELLING_CHARACTERS = 400
+
+
+def _trouble(status: int, error: dict[str, Any]) -> Trouble | None:
+    """What the error's codes say it is or, where they say nothing, its words; None where only the status tells."""
+    nested = list(_nested(error))
+    for trouble, pattern in _CODES:
+        if any(pattern.search(str(part.get(name))) for part in nested for name in ("code", "type", "status")):
+            return trouble
+    # OpenRouter's 403 for what its moderation flagged, and not for a bad key.
+    if any(isinstance(data := part.get("metadata"), dict) and "flagged_input" in data for part in nested):
+        return Trouble.POLICY
+    messages = [part["message"] for part in nested if isinstance(part.get("message"), str)]
+    said = [_QUOTED.sub("", message[:_TELLING_CHARACTERS]) for message in messages]
+    for trouble, statuses, pattern in _WORDS:
+        if status in statuses and any(pattern.search(words) for words in said):
+            return trouble
+    return None
+
+
+def _nested(error: dict[str, Any], depth: int = 3) -> Iterator[dict[str, Any]]:
+    """An error object, and those it holds: gateways put the provider's own into theirs, as an object or as text."""
+    yield error
+    if not depth:
+        return
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None  # OpenRouter
+    parts = [error.get("innererror"), error.get("provider_specific_fields"), error.get("error")]
+    parts += [_embedded(text) for text in (error.get("message"), raw) if isinstance(text, str)]
+    parts.append({"message": raw} if isinstance(raw, str) else raw)
+    for part in parts:
+        if isinstance(part, dict):
+            yield from _nested(part, depth - 1)
+
+
+def _embedded(text: str) -> dict[str, Any] | None:
+    """The error object that stands in the text as JSON, in its envelope; None when there is none."""
+    value = _parse(text[text.find("{") : text.rfind("}") + 1].encode())
+    match value:
+        case {"error": _} | {"object": "error"}:
+            return _error_object(value)
+    return None
 
 
 _STATUS_OF_WORD = {
@@ -216,6 +353,8 @@ _STATUS_OF_WORD = {
     "exceed_context": 400,
     "content_filter": 400,
     "content_policy": 400,
+    "responsibleaipolicy": 400,
+    "moderation_blocked": 400,
     "invalid_request": 400,
     "invalid_argument": 400,
     "bad_request": 400,

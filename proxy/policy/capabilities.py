@@ -20,6 +20,7 @@ class Topic(StrEnum):
     STREAM_OPTIONS = "stream_options"  # takes `stream_options`
     SENDS_USAGE = "sends_usage"  # says how many tokens a streamed answer was
     BUFFERS = "buffers"  # sends the whole stream at once, when it is finished
+    PREFILL = "prefill"  # continues an answer whose beginning it is given
 
 
 class Key(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from proxy.errors import UpstreamError
+from proxy.errors import Trouble, UpstreamError
 from proxy.upstream.endpoint import Endpoint
 from proxy.upstream.http1 import Connection
 from proxy.upstream.tls import TlsFailure
@@ -45,7 +45,8 @@ class Origin:
                     await self.endpoint.connect_through(tunnel, protocol)
         except TimeoutError as error:
             code = "proxy_timeout" if code == "proxy" else "connect_timeout"
-            raise UpstreamError(504, code, f"{who} did not accept a connection in time.") from error
+            words = f"{who} did not accept a connection in time."
+            raise UpstreamError(504, code, words, trouble=Trouble.SILENT) from error
         except ProxyRefused as error:
             words = f"{who} answered {error.status} and opened no tunnel."
             raise UpstreamError(502, "proxy_refused", words) from error
@@ -83,6 +84,15 @@ class Pool:
         self._due_at: dict[Connection, float] = {}
         """Those that wait, and when each is to be closed; the one used last stands last."""
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def active(self) -> int:
+        """How many carry an exchange."""
+        return len(self._made_at) - len(self._due_at)
+
+    @property
+    def idle(self) -> int:
+        return len(self._due_at)
 
     def take(self) -> Connection | None:
         """A connection that was kept alive, if there is one."""

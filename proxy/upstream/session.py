@@ -20,7 +20,8 @@ from urllib.parse import unquote, urlsplit
 
 from proxy import __version__
 from proxy.dialects.openai import error_from_response
-from proxy.errors import UpstreamError
+from proxy.errors import Trouble, UpstreamError
+from proxy.policy.retries import NO_CREDENTIAL
 from proxy.settings import Settings, UpstreamSettings
 from proxy.upstream.endpoint import Endpoint
 from proxy.upstream.http1 import Consumer, Exchange
@@ -43,6 +44,7 @@ class Upstream:
     origin: Origin
     base_path: str
     stream: Literal["auto", "always", "never"]
+    prefill: Literal["auto", "prefix", "continue_final_message", "never"]
     head: bytes = field(repr=False)
     """The headers that are the same for every request, credentials included."""
     secrets: tuple[str, ...] = field(repr=False)
@@ -78,9 +80,10 @@ def ready(
         origin=Origin(settings.name, endpoint, proxy),
         base_path=url.path.rstrip("/"),
         stream=settings.stream,
+        prefill=settings.prefill,
         head="".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(),
         secrets=(*secrets, *(proxy.secrets if proxy is not None else ())),
-        credential=hashlib.sha256(repr(secrets).encode()).hexdigest()[:8] if secrets else "none",
+        credential=hashlib.sha256(repr(secrets).encode()).hexdigest()[:8] if secrets else NO_CREDENTIAL,
     )
 
 
@@ -155,7 +158,7 @@ class Reply:
             size += len(part)
             if size > max_bytes:
                 words = f"The answer is longer than {max_bytes} bytes."
-                raise UpstreamError(502, "answer_too_large", words, may_retry=False)
+                raise UpstreamError(502, "answer_too_large", words, trouble=Trouble.FINAL)
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -282,6 +285,11 @@ class UpstreamSession:
                 exchange.close()
             watch.raise_if_expired()
             raise
+
+    def connections(self) -> Iterator[tuple[str, int, int]]:
+        """For each upstream, its name and how many connections to it carry an exchange, and how many wait for one."""
+        for name, pool in self._pools.items():
+            yield name, pool.active, pool.idle
 
     async def close(self) -> None:
         self.wheel.close()

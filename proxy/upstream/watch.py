@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 from types import TracebackType
 from typing import Protocol
 
-from proxy.errors import UpstreamError
+from proxy.errors import Trouble, UpstreamError
 
 _TURNS_PER_S = 32
 
@@ -78,10 +78,15 @@ class Wheel:
 class Heard(Protocol):
     """Where a stream's times are written down, chunk by chunk: the event loop's, in seconds."""
 
-    heard_at: float
-    """When the upstream was heard last."""
-    said_at: float
-    """When the client was last told anything of it."""
+    @property
+    def heard_at(self) -> float:
+        """When the upstream was heard last."""
+        ...
+
+    @property
+    def said_at(self) -> float:
+        """When the client was last told anything of it."""
+        ...
 
 
 class Watch:
@@ -115,7 +120,7 @@ class Watch:
         self._on_silence = on_silence
         self._task: asyncio.Task[object] | None = None
         self._followed: Heard | None = None
-        self._limit: tuple[float, str, str] | None = None
+        self._limit: tuple[float, str, str, Trouble] | None = None
         self._error: UpstreamError | None = None
         self._requested = 0
         self._started = self.heard_at = self.said_at = wheel.now()
@@ -138,12 +143,22 @@ class Watch:
         if self._turn:
             self._wheel.take(self, self._turn)
         self._task = None
+        # The stream knows the watch too, and what refers to each other waits for the collector of garbage.
+        self._followed = None
 
-    def limit(self, limit_s: float, code: str, message: str) -> None:
+    def limit(self, limit_s: float, code: str, message: str, trouble: Trouble = Trouble.SILENT) -> None:
         """From now on let nothing be heard for at most `limit_s`, or else fail with 504 `code`."""
         self.heard_at = self._wheel.now()
-        self._limit = (limit_s, code, message)
+        self._limit = (limit_s, code, message, trouble)
         self._look_by(self.heard_at + limit_s)
+
+    def lift(self) -> None:
+        """Nothing is waited for just now: no limit runs until the next one is set."""
+        if self._followed is not None:
+            self.said_at = max(self.said_at, self._followed.said_at)
+            self._followed = None
+        self._limit = None
+        self.is_paused = False
 
     def rest(self) -> None:
         """The upstream has said all it has to say: no limit runs any more, only the heartbeat."""
@@ -185,12 +200,14 @@ class Watch:
             if self.is_paused:
                 wake = min(wake, now + self._limit[0])
             elif now - self.heard_at >= self._limit[0]:
-                self._expire(UpstreamError(504, self._limit[1], self._limit[2]))
+                _, code, message, trouble = self._limit
+                self._expire(UpstreamError(504, code, message, trouble=trouble))
             else:
                 wake = min(wake, self.heard_at + self._limit[0])
         if self._total_s and self._error is None:
             if now - self._started >= self._total_s:
-                error = UpstreamError(504, "total_timeout", "The call took longer than it may in all.", may_retry=False)
+                words = "The call took longer than it may in all."
+                error = UpstreamError(504, "total_timeout", words, trouble=Trouble.FINAL)
                 self._expire(error)
             else:
                 wake = min(wake, self._started + self._total_s)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from urllib.parse import quote
 
@@ -57,6 +59,8 @@ _NEVER_DOWN = HOP_BY_HOP | {
 }
 
 _UNSAFE = re.compile(r"[\r\n\0]").search
+
+_SECONDS = re.compile(r"[0-9]{1,15}(?:\.[0-9]+)?").fullmatch
 
 _INFORMATIVE = ("x-ratelimit-", "openai-", "anthropic-ratelimit-")
 
@@ -118,6 +122,23 @@ def header_lines(headers: Mapping[str, str]) -> bytes:
 def header_value(text: str) -> str:
     """The text as a header can carry it: what is not plain ASCII, line ends above all, is percent-encoded."""
     return text if text.isascii() and text.isprintable() else quote(text, safe=" /:")
+
+
+def retry_after_s(text: str | None, now: float) -> float | None:
+    """The seconds from `now`, in Unix seconds, that a `Retry-After` asks to wait; None when it says nothing to be understood.
+
+    RFC 9110 §10.2.3: seconds, or a date in one of the three forms of §5.6.7. A date that is past is 0. Fractions of a second
+    are understood too, though they are not in the RFC.
+    """
+    text = (text or "").strip()
+    if _SECONDS(text):
+        return float(text)
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    # The form of asctime has no zone, and means UTC.
+    return max(0.0, (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp() - now)
 
 
 def _nominated(values: Iterable[str]) -> frozenset[str]:

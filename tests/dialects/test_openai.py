@@ -10,7 +10,7 @@ from multidict import CIMultiDict
 
 from proxy.chat import Ask
 from proxy.dialects.openai import Refusal, chat_body, error_from_response, error_in_success, refusal, scrub
-from proxy.errors import ClientError, UpstreamError
+from proxy.errors import ClientError, Trouble, UpstreamError
 from proxy.wire.requests import parse_chat_request
 
 SECRET = "sk-very-secret-0123456789"
@@ -282,12 +282,144 @@ def test_an_error_keeps_what_its_upstream_added_and_when_to_come_again() -> None
     assert error.envelope() == value
 
 
-@pytest.mark.parametrize(
-    ("status", "may_retry"),
-    [(400, False), (404, False), (422, False), (401, True), (403, True), (408, True), (429, True), (500, True)],
+# ---------------------------------------------------------------------------------------------- what kind of trouble
+
+AZURE = (
+    "The response was filtered due to the prompt triggering Azure OpenAI's content management policy. Please modify your "
+    "prompt and retry."
 )
-def test_another_target_may_do_better_where_the_error_speaks_of_the_upstream(status: int, may_retry: bool) -> None:
-    assert answer(status, openai_error("no")).may_retry is may_retry
+VLLM = "This model's maximum context length is 131072 tokens. However, you requested 156632 tokens."
+FLAGGED = "Invalid prompt: your prompt was flagged as potentially violating our usage policy."
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+TOO_LARGE = "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested 12328"
+GEMINI = "The input token count (1200293) exceeds the maximum number of tokens allowed (1048576)."
+
+
+def vllm_error(message: str) -> dict[str, Any]:
+    return {"object": "error", "message": message, "type": "BadRequestError", "param": None, "code": 400}
+
+
+def anthropic_error(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_1"}
+
+
+def google_error(code: int, message: str, status: str) -> list[dict[str, Any]]:
+    return [{"error": {"code": code, "message": message, "status": status}}]
+
+
+TROUBLES: dict[Trouble, list[tuple[int, Any]]] = {
+    Trouble.CONTEXT: [
+        (400, openai_error("Too long.", param="messages", code="context_length_exceeded")),
+        (400, vllm_error(VLLM)),
+        (400, vllm_error("You passed 1015 input tokens. However, the model's context length is only 1024 tokens.")),
+        (400, {"error": {"message": "This endpoint's maximum context length is 16384 tokens.", "code": 400}}),
+        (400, openrouter_error(vllm_error(VLLM))),
+        (400, openrouter_error(openai_error("Too long.", code="context_length_exceeded"))),
+        (400, openrouter_error(VLLM)),
+        (400, {"error": {"code": 400, "message": "too big", "type": "exceed_context_size_error", "n_ctx": 8192}}),
+        (500, {"error": {"code": 500, "message": "too big", "type": "exceed_context_size_error", "n_ctx": 8192}}),
+        (400, {"error": "the request exceeds the available context size, try increasing it"}),
+        (400, anthropic_error("prompt is too long: 219898 tokens > 200000 maximum")),
+        (400, anthropic_error("input length and `max_tokens` exceed context limit: 198981 + 21333 > 200000")),
+        (400, google_error(400, GEMINI, "INVALID_ARGUMENT")),
+        (400, openai_error(json.dumps(google_error(400, GEMINI, "INVALID_ARGUMENT")[0], indent=2))),
+        (400, openai_error("OpenrouterException - " + json.dumps(openai_error(VLLM)))),
+        (400, openai_error("Input tokens exceed the configured limit of 272000 tokens.")),
+        (400, openai_error("Your input exceeds the context window of this model.")),
+        (400, {"message": "The input (9000 tokens) is longer than the model's context length (8192 tokens)."}),
+        (400, {"message": "Prompt contains 40000 tokens, too large for model with 32768 maximum context length"}),
+        (400, {"message": "Input is too long for requested model."}),
+        (400, {"error": "the model is loaded with context length of only 32768 tokens, which is not enough."}),
+        (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096."}),
+    ],
+    Trouble.POLICY: [
+        (400, openai_error(AZURE, param="prompt", code="content_filter")),
+        (400, openai_error("No.", innererror={"code": "ResponsibleAIPolicyViolation", "content_filter_result": {}})),
+        (400, openai_error("No.", provider_specific_fields={"innererror": {"code": "ResponsibleAIPolicyViolation"}})),
+        (400, openai_error(AZURE)),
+        (400, openai_error("Your request was rejected as a result of our safety system.")),
+        (400, openai_error("No.", code="content_policy_violation")),
+        (400, openai_error("No.", type="user_error", code="moderation_blocked")),
+        (400, openai_error(FLAGGED, code="invalid_prompt")),
+        (400, {"error": {"code": "421", "message": "Moderation Block", "type": "content_filter"}}),
+        (403, openrouter_error("", 403, reasons=["violence"], flagged_input="how do I")),
+        (403, {"error": {"code": 403, "message": "Your chosen model requires moderation and your input was flagged"}}),
+        (400, openrouter_error(openai_error("No.", code="content_filter"))),
+        (400, {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}),
+        (400, {"error": {"message": "Inappropriate.", "code": "data_inspection_failed"}}),
+    ],
+    Trouble.CREDENTIAL: [
+        (401, openai_error("Incorrect API key provided.", code="invalid_api_key")),
+        (402, {"error": {"code": 402, "message": "Insufficient credits"}}),
+        (403, anthropic_error("Not allowed.", "permission_error")),
+        (403, openai_error("flagged", code="unsupported_country_region_territory")),
+        (429, openai_error(QUOTA, type="insufficient_quota", code="insufficient_quota")),
+        (429, openai_error(QUOTA, type="insufficient_quota")),
+        (400, openai_error("Billing hard limit has been reached", code="billing_hard_limit_reached")),
+        (400, anthropic_error("Your credit balance is too low to access the Anthropic API.")),
+        (400, google_error(400, "API key not valid. Please pass a valid API key.", "INVALID_ARGUMENT")),
+    ],
+    Trouble.MISSING: [
+        (404, openai_error("no")),
+        (403, openai_error("Project does not have access to model `m`", code="model_not_found")),
+    ],
+    Trouble.LIMITED: [
+        (429, openai_error("Rate limit reached.", code="rate_limit_exceeded")),
+        (429, google_error(429, QUOTA, "RESOURCE_EXHAUSTED")),
+        (429, openai_error(f"{VLLM} Too many requests.")),
+        (413, openai_error(TOO_LARGE, type="tokens", code="rate_limit_exceeded")),
+    ],
+    Trouble.OVERLOADED: [(503, "busy"), (529, anthropic_error("Overloaded", "overloaded_error"))],
+    Trouble.BROKEN: [(500, openai_error("no")), (502, "<html>"), (504, {}), (408, openai_error("no")), (501, [])],
+    Trouble.REQUEST: [
+        (400, openai_error("Invalid value for 'temperature'.")),
+        (413, anthropic_error("Request exceeds the maximum size", "request_too_large")),
+        (422, {"detail": [{"loc": ["body", "n"], "msg": "bad"}]}),
+        (409, openai_error("no")),
+        (400, anthropic_error("max_tokens: 21333 > 4096, which is the maximum allowed number of output tokens")),
+        (400, openai_error("Invalid 'user': string too long. Expected a string with maximum length 64.")),
+        # The user's own words are not the provider's.
+        (400, openai_error(f'Invalid type for messages[0]: "{FLAGGED}" is not an object')),
+        (400, openai_error(f"Invalid type for messages[0]: 'it wasn't allowed. {AZURE}' is not an object")),
+        (400, openai_error(f"Invalid type for messages[0]: “{VLLM}” is not an object")),
+        (400, openai_error(f'Invalid value: "and it goes on for long {"x" * 300} {FLAGGED}')),
+        (400, openai_error("Failed to parse the body: " + "x" * 400 + VLLM)),
+        (400, openai_error('Invalid arguments: {"message": "no", "code": "content_filter"}')),
+        (400, openai_error("Unknown parameter: 'content_filter'.", param="content_filter", code="unknown_parameter")),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status", "value"),
+    [(trouble, status, value) for trouble, cases in TROUBLES.items() for status, value in cases],
+)
+def test_the_kind_of_trouble_is_told_by_code_then_by_words_then_by_status(
+    trouble: Trouble, status: int, value: Any
+) -> None:
+    assert answer(status, value).trouble is trouble
+
+
+@pytest.mark.parametrize(
+    ("error", "trouble"),
+    [
+        ({"code": "context_length_exceeded"}, Trouble.CONTEXT),
+        ({"code": 400, "message": VLLM}, Trouble.CONTEXT),
+        ({"type": "exceed_context_size_error", "code": 500}, Trouble.CONTEXT),
+        ({"code": "content_filter"}, Trouble.POLICY),
+        ({"code": 403, "metadata": {"reasons": ["x"], "flagged_input": "x"}}, Trouble.POLICY),
+        ({"type": "insufficient_quota"}, Trouble.CREDENTIAL),
+        ({"type": "overloaded_error"}, Trouble.OVERLOADED),
+        ({"type": "rate_limit_error"}, Trouble.LIMITED),
+        ({"code": 502}, Trouble.BROKEN),
+        ({}, Trouble.BROKEN),
+        ({"message": FLAGGED}, Trouble.BROKEN),  # words are believed only of a 4xx
+    ],
+)
+def test_an_error_in_a_stream_has_its_kind_of_trouble_too(error: dict[str, Any], trouble: Trouble) -> None:
+    found = error_in_success({"error": {"message": "no", **error}}, ())
+    assert found is not None
+    assert found.trouble is trouble
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from backports import zstd
 
 from proxy.upstream.coding import CodingError, Unpacker
-from tests.conftest import Proxy
+from tests.conftest import Proxy, Start
 from tests.fakes.upstream import COMPLETION, DONE, FakeUpstream, Received, Wire, answer, finish, role, text
 from tests.upstream.conftest import InStep
 
@@ -190,8 +190,9 @@ async def test_codings_on_two_lines_are_one_list(upstream: FakeUpstream, proxy: 
     assert await proxy.ask() == COMPLETION
 
 
-async def test_a_packed_body_cut_short_is_a_broken_answer(upstream: FakeUpstream, proxy: Proxy) -> None:
+async def test_a_packed_body_cut_short_is_a_broken_answer(upstream: FakeUpstream, start: Start) -> None:
     """Its length says that it is whole, and JSON may even end where it was cut."""
+    proxy = await start(streaming={"max_retries": 0})
     upstream.plays(answer(gzip.compress(TEXT)[:-8], content_encoding="gzip"), answer())
 
     async with asyncio.timeout(10), proxy.chat() as response:

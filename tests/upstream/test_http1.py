@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.conftest import Proxy
+from tests.conftest import Proxy, Start
 from tests.fakes.upstream import COMPLETION, FakeUpstream, Play, Received, Wire
 
 _BODY = json.dumps(COMPLETION).encode()
@@ -75,10 +75,11 @@ _UNSOUND = {
 
 @pytest.mark.parametrize("played", _UNSOUND.values(), ids=_UNSOUND.keys())
 async def test_what_is_unsound_is_an_error_at_once_and_the_next_call_is_well(
-    upstream: FakeUpstream, proxy: Proxy, played: Play
+    upstream: FakeUpstream, start: Start, played: Play
 ) -> None:
     """A parser that stops without a word leaves its reader waiting for ever; two framings at once are how requests are
     smuggled (RFC 9112 §11.2)."""
+    proxy = await start(streaming={"max_retries": 0})
     upstream.plays(played, _SOUND["a length"])
 
     async with asyncio.timeout(10), proxy.chat() as response:

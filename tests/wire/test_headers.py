@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from proxy.wire.headers import STREAM_HEADERS, downstream_headers, header_lines, informative_headers, upstream_headers
+from proxy.wire.headers import (
+    STREAM_HEADERS,
+    downstream_headers,
+    header_lines,
+    informative_headers,
+    retry_after_s,
+    upstream_headers,
+)
+from tests.conftest import examples
 
 HOP_BY_HOP = [
     "Connection",
@@ -101,3 +113,35 @@ def test_nothing_between_us_and_the_client_may_gather_a_stream() -> None:
     assert STREAM_HEADERS["Content-Type"].startswith("text/event-stream")
     assert set(STREAM_HEADERS["Cache-Control"].split(", ")) == {"no-cache", "no-transform"}
     assert STREAM_HEADERS["X-Accel-Buffering"] == "no"
+
+
+# 06 Nov 1994 08:49:37 UTC is the date in RFC 9110's examples.
+A_MINUTE_BEFORE = 784_111_777.0 - 60
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("120", 120),
+        (" 0 ", 0),
+        ("1.5", 1.5),  # some write fractions, though the RFC knows none
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 60),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 60),
+        ("Sun Nov  6 08:49:37 1994", 60),
+        ("Sun, 06 Nov 1994 10:49:37 +0200", 60),
+        ("Sun, 06 Nov 1994 08:00:00 GMT", 0),  # past
+        (None, None),
+        *((nonsense, None) for nonsense in ("", "-1", "1e3", "inf", "nan", "5, 6", "soon", "\u0663", "9" * 400, "Sun")),
+    ],
+)
+def test_when_to_come_again_is_told_in_seconds_or_as_a_date(text: str | None, seconds: float | None) -> None:
+    """RFC 9110 §10.2.3"""
+    assert retry_after_s(text, A_MINUTE_BEFORE) == seconds
+
+
+@given(st.text() | st.text("0123456789:,+- SunNovGMT", max_size=40), st.floats(0, 1e11))
+@example("Sun, 06 Nov 1994 08:49:37 -9999999999999", 0.0)
+@examples(200)
+def test_whatever_stands_there_it_is_a_time_to_come_or_nothing(text: str, now: float) -> None:
+    seconds = retry_after_s(text, now)
+    assert seconds is None or (seconds >= 0 and math.isfinite(seconds))
