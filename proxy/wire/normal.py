@@ -25,6 +25,7 @@ What is mended, and who sends it so:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +125,11 @@ class Normalizer:
         """Whether anything was seen that a reader of the answer would miss: text, reasoning, a call, an end."""
 
     @property
+    def id(self) -> str:
+        """The answer's id, as its events have it; known from the first one that is sent."""
+        return self._id or self._expected.fallback_id
+
+    @property
     def events(self) -> int:
         """How many events were read, those that could not be understood not counted."""
         return self._parsed + sum(lane.events for lane in self._lanes)
@@ -181,9 +187,10 @@ class Normalizer:
             chunk = {"choices": [], "usage": estimate.as_json()}
         return data_event(dumps(self._fill_in(chunk)))
 
-    @property
-    def has_usage_event(self) -> bool:
-        return self._usage_chunk is not None
+    def replace_usage(self, usage: Usage) -> None:
+        """Let the closing event say this instead."""
+        if self._usage_chunk is not None:
+            self._usage_chunk["usage"] = usage.as_json()
 
     def _mend(self, raw: bytes, out: list[bytes]) -> bool:
         """Append to `out` what is to be sent for one event; true when that is the event as it came and nothing else."""
@@ -436,6 +443,14 @@ class Normalizer:
                 self._lanes.insert(0, Lane(raw[: member.end()], raw[rest.end() :]))
                 self._forget_lanes(_MAX_LANES)
                 return
+
+
+def renaming(old: str, new: str) -> Callable[[bytes], bytes]:
+    """What puts another id into events in normal form."""
+    # A quote within a string is escaped, so only a member and its value look like this; both spacings are in use.
+    name, value = dumps(old), b'"id":' + dumps(new)
+    dense, spaced = b'"id":' + name, b'"id": ' + name
+    return lambda segment: segment.replace(dense, value).replace(spaced, value)
 
 
 def read_usage(body: dict[str, Any]) -> Usage | None:

@@ -196,7 +196,7 @@ def test_what_only_resembles_a_known_shape_is_not_taken_for_it(position: int, le
             normalizer.feed(say(chunk(opening), separators=separators))
     alone = knowing.feed(event)
     assert alone + knowing.finish() == unknowing.feed(event) + unknowing.finish()
-    for name in ("usage", "error", "events", "malformed", "is_done", "is_finished", "has_finish", "has_usage_event"):
+    for name in ("usage", "error", "events", "malformed", "is_done", "is_finished", "has_finish"):
         assert getattr(knowing, name) == getattr(unknowing, name), name
 
 
@@ -215,7 +215,7 @@ def test_many_events_in_one_read_are_recognised_as_they_are_one_by_one(
         for opening in (first(content="a"), delta(content="b"), delta(content="c")):
             normalizer.feed(say(chunk(opening)))
     assert together.feed(b"".join(events)) == b"".join(map(apart.feed, events))
-    for name in ("usage", "error", "events", "malformed", "is_done", "is_finished", "has_finish", "has_usage_event"):
+    for name in ("usage", "error", "events", "malformed", "is_done", "is_finished", "has_finish"):
         assert getattr(together, name) == getattr(apart, name), name
 
 
@@ -552,7 +552,6 @@ def test_an_estimate_stands_in_for_an_upstream_that_says_nothing_and_has_an_empt
     https://github.com/BerriAI/litellm/issues/28735."""
     _, normalizer = run([say(chunk(first(content="a"))), say(chunk(STOP))])
     assert normalizer.usage is None
-    assert not normalizer.has_usage_event
     assert normalizer.usage_event(None) == b""
     estimate = Usage(3, 1, estimated=True)
     assert closing(normalizer, estimate) == chunk(usage={**estimate.as_json(), "estimated": True})
