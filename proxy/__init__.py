@@ -5,16 +5,18 @@ contract, `make floors` checks it). From the top:
 
     __main__.py  probe.py                    the command
     server/                                  HTTP faces: routes, errors to responses, bytes to clients
-    pipeline.py                              one call's journey: read this file first
-    pump.py                                  from the upstream's socket to the log, read by read
-    answerlog.py  tasks.py  encoders.py      what a call leans on: the log of an answer, tasks, counting tokens
+    pipeline.py  passing.py                  one call's journey: read this file first; requests that are passed on unread
+    producer.py                              the making of one answer, from its targets to the end of its log
+    answers.py  pump.py                      answers and who waits for them; from the upstream's socket to the log
+    learning.py  recovery.py                 how targets are to be asked, and knowing it; saving a broken stream
+    answerlog.py  encoders.py  inflight.py  tasks.py    what calls lean on: the log, counting tokens, what is under way
     tokenizer.py                             the process that counts them
     upstream/  store/                        the ways out: to upstreams, to SQLite
     dialects/  policy/                       what an API speaks; what to do (decisions without effects)
-    wire/                                    bytes to meaning and back: SSE, chunks, JSON, headers
+    wire/                                    bytes to meaning and back: SSE, chunks, splices, JSON, headers
     settings.py                              the config file and the environment, as frozen objects
-    chat.py                                  our words
-    errors.py                                whose fault it is
+    chat.py  addresses.py                    our words; what URLs and host names say
+    errors.py                                whose fault it is, and what kind of trouble
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

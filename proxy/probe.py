@@ -36,18 +36,18 @@ class Finding(NamedTuple):
 
 async def targets(parts: Parts, names: list[str]) -> list[Target]:
     """The targets behind the names; without names, those of the aliases and of the first 20 listed models that chat."""
-    routes = parts.pipeline.routes
+    routes = parts.routes
     if not names:
         names = list(routes.aliases)
         listed = [model["id"] for model in await parts.listing.models() if not _NO_CHAT.search(model["id"])]
         names += [name for name in listed if name not in names][:_MAX_LISTED]
-    return list(dict.fromkeys(target for name in names for target in routes.resolve(name)))
+    return list(dict.fromkeys(target for name in names for target in routes.resolve(name).targets))
 
 
 async def probe(parts: Parts, wanted: list[Target], outcomes: dict[str, Outcome]) -> AsyncIterator[Finding]:
     """Probe each target. `outcomes` is where the pipeline's reports arrive, by call id."""
     for position, target in enumerate(wanted):
-        upstream = parts.pipeline.session.upstreams[target.upstream]
+        upstream = parts.session.upstreams[target.upstream]
         key = Key(upstream.name, target.model, upstream.credential)
         parts.capabilities.forget(key)
         call_id = f"probe-{position}"
@@ -75,9 +75,9 @@ async def probe(parts: Parts, wanted: list[Target], outcomes: dict[str, Outcome]
 
 async def _call(parts: Parts, call_id: str, target: Target, limit: str) -> None:
     body = {"model": str(target), "messages": [{"role": "user", "content": "Hi"}], "stream": True, limit: 1}
-    log = parts.pipeline.start(call_id, parse_chat_request(dumps(body)), ())
+    seat = parts.pipeline.start(call_id, parse_chat_request(dumps(body)))
     try:
-        await read_to_end(log)
+        await read_to_end(seat.log, seat.leave)
     finally:
         # The report comes a moment after the answer.
-        await parts.pipeline.drained(_REPORT_S)
+        await parts.in_flight.drained(_REPORT_S)

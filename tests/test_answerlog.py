@@ -1,4 +1,7 @@
-"""One log, one source, any number of readers."""
+"""One log, one source, any number of readers.
+
+Clients come and go; what each of them gets is what the log holds, from behind the events it has already.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,41 @@ import asyncio
 import json
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from proxy.answerlog import AnswerLog, BodyReader, StreamReader, read_to_end
-from proxy.errors import OverloadedError, ProxyError, UpstreamError
+from proxy.errors import OverloadedError, ProxyError, Trouble, UpstreamError
+from tests.conftest import examples
 
 PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+USAGE = b"data: usage\n\n"
 ERROR = UpstreamError(502, "upstream_broke", "It broke.")
+
+
+class Told:
+    """Counts how often it was called."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> None:
+        self.times += 1
 
 
 class Client:
     """A sink that can be full. `room` is how many writes it takes before it asks to wait; none, and it never does."""
 
-    def __init__(self, log: AnswerLog, room: int | None = None) -> None:
+    def __init__(self, log: AnswerLog, room: int | None = None, *, wants_usage: bool = False, after: int = 0) -> None:
         self.room = room
         self.got: list[bytes] = []
         self.last: bytes | None = None
         """What came with the end."""
         self.refused: ProxyError | None = None
-        self.reader = StreamReader(log, self)
+        self.left = Told()
+        self.reader = StreamReader(log, self, self.left, wants_usage=wants_usage, after=after)
 
     def write(self, segment: bytes) -> bool:
         assert not self.is_over, "nothing follows the end"
@@ -73,16 +90,6 @@ class Source:
         return self._is_paused
 
 
-class Told:
-    """Counts how often it was called."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def __call__(self) -> None:
-        self.times += 1
-
-
 def committed(max_bytes: int = 1000) -> tuple[AnswerLog, Source]:
     """A log that a client can read already, and its source."""
     log, source = AnswerLog(max_bytes), Source()
@@ -102,7 +109,7 @@ def test_an_up_to_date_reader_has_the_segment_when_append_returns() -> None:
         log.append(b"%d" % number)
         assert client.got[-1] == b"%d" % number
     log.finish()
-    assert (client.got, client.last) == ([b"0", b"1", b"2", b"3", b"4"], b"")
+    assert (client.got, client.last) == ([b"0", b"1", b"2", b"3", b"4"], DONE)
     assert log.is_closed
 
 
@@ -111,8 +118,8 @@ def test_the_last_events_and_the_end_come_together() -> None:
     client = Client(log)
     log.append(b"0")
     log.finish(b"12")
-    assert (client.got, client.last) == ([b"0"], b"12")
-    assert (log.segments, log.size) == ([b"0", b"12"], 3)
+    assert (client.got, client.last) == ([b"0"], b"12" + DONE)
+    assert (log.segments, log.size) == ([b"0", b"12"], 3), "the end is no part of the answer"
 
 
 def test_a_reader_that_comes_when_all_is_over_gets_all_of_it_with_the_end() -> None:
@@ -120,22 +127,32 @@ def test_a_reader_that_comes_when_all_is_over_gets_all_of_it_with_the_end() -> N
     log.append(b"0")
     log.finish(b"1")
     client = Client(log)
-    assert (client.got, client.last) == ([], b"01")
+    assert (client.got, client.last) == ([], b"01" + DONE)
+
+
+@pytest.mark.parametrize(
+    ("usage", "told", "untold"), [(USAGE, USAGE + DONE, DONE), (b"", DONE, DONE)], ids=["known", "unknown"]
+)
+def test_the_usage_is_for_those_who_want_it(usage: bytes, told: bytes, untold: bytes) -> None:
+    log, _ = committed()
+    who_wants, who_does_not = Client(log, wants_usage=True), Client(log)
+    log.append(b"0")
+    log.finish(b"1", usage)
+    assert (who_wants.last, who_does_not.last) == (b"1" + told, b"1" + untold)
+    assert (Client(log, wants_usage=True).last, Client(log).last) == (b"01" + told, b"01" + untold)
 
 
 def test_a_reader_leaves_by_itself_at_the_end() -> None:
     log, source = committed()
-    log.on_left = left = Told()
     quick, stuck = Client(log), Client(log, room=1)
     log.append(b"0")
     log.finish(b"1")
     assert quick.is_over
     assert source.is_paused(), "only the one that is stuck is left"
-    assert left.times == 0
     stuck.drain()
-    assert (stuck.got, stuck.last) == ([b"0"], b"1")
+    assert (stuck.got, stuck.last) == ([b"0"], b"1" + DONE)
     assert not source.is_paused()
-    assert left.times == 1
+    assert quick.left.times == stuck.left.times == 0, "to have had everything is not to leave"
 
 
 def test_a_late_reader_catches_up_in_order_and_goes_on_live() -> None:
@@ -152,7 +169,7 @@ def test_a_late_reader_catches_up_in_order_and_goes_on_live() -> None:
         assert late.got[-1] == early.got[-1] == segment
     log.finish()
     after = Client(log)
-    assert early.text == late.text == after.text == b"".join(segments)
+    assert early.text == late.text == after.text == b"".join(segments) + DONE
     assert len(after.got) > 1
 
 
@@ -168,7 +185,7 @@ def test_a_stuck_reader_misses_nothing_and_gets_nothing_while_it_is_stuck() -> N
     client.drain()
     log.append(b"6")
     log.finish(b"7")
-    assert client.text == b"01234567"
+    assert client.text == b"01234567" + DONE
 
 
 def test_room_that_is_told_of_twice_is_no_matter() -> None:
@@ -199,7 +216,7 @@ def test_the_source_is_paused_while_all_readers_are_stuck_and_only_then() -> Non
     assert not source.is_paused()
     slower.drain()
     log.finish()
-    assert slow.text == slower.text == b"01"
+    assert slow.text == slower.text == b"01" + DONE
 
 
 def test_a_stuck_reader_that_leaves_frees_the_source() -> None:
@@ -252,7 +269,7 @@ def test_a_new_reader_is_not_held_up_by_those_that_are_stuck() -> None:
 
 def test_a_reader_of_the_one_body_is_never_stuck() -> None:
     log, source = committed()
-    stuck, body = Client(log, room=1), BodyReader(log, Told())
+    stuck, body = Client(log, room=1), BodyReader(log, Told(), Told())
     log.append(b"0")
     assert not source.is_paused()
     body.leave()
@@ -274,7 +291,7 @@ def test_a_reader_that_gets_stuck_while_catching_up_is_stuck_too(is_late: bool) 
     log.finish()
     client.drain()
     assert not source.is_paused()
-    assert (client.got, client.last) == ([b"0"], b"1")
+    assert (client.got, client.last) == ([b"0"], b"1" + DONE)
 
 
 # ---------------------------------------------------------------------- commit and failure
@@ -283,23 +300,21 @@ def test_a_reader_that_gets_stuck_while_catching_up_is_stuck_too(is_late: bool) 
 @pytest.mark.parametrize("comes", ["before", "after"])
 async def test_before_the_commit_nothing_is_seen_and_a_failure_is_a_status(comes: str) -> None:
     log = AnswerLog(1000)
-    log.on_left = left = Told()
     client = Client(log) if comes == "before" else None
     log.append(b"0")
-    assert not log.is_spent
     log.fail(ERROR)
     client = client or Client(log)
     assert (client.refused, client.got) == (ERROR, [])
     assert not log.is_committed
-    assert left.times == 1
+    assert client.left.times == 0
     with pytest.raises(UpstreamError, match="It broke"):
-        await read_to_end(log)
+        await read_to_end(log, Told())
 
 
 async def test_after_the_commit_a_failure_is_the_last_event_and_done_is_not_said() -> None:
     """https://github.com/Portkey-AI/gateway/issues/1797: a break is never a tidy end."""
     log = AnswerLog(1000)
-    client = Client(log)
+    client = Client(log, wants_usage=True)
     log.append(b"data: 0\n\n")
     log.commit()
     log.fail(ERROR)
@@ -310,7 +325,7 @@ async def test_after_the_commit_a_failure_is_the_last_event_and_done_is_not_said
     assert json.loads(event.removeprefix(b"data: ")) == ERROR.envelope()
     assert log.failure is ERROR
     with pytest.raises(UpstreamError):
-        await read_to_end(log)
+        await read_to_end(log, Told())
     assert Client(log).text == client.text
 
 
@@ -327,13 +342,14 @@ def test_a_failure_reaches_a_stuck_reader_too() -> None:
 
 async def test_what_has_ended_cannot_fail() -> None:
     log, _ = committed()
+    client = Client(log)
     log.append(b"0")
     log.finish()
-    log.finish(b"1")
     log.fail(ERROR)
     assert log.failure is None
     assert log.segments == [b"0"]
-    await read_to_end(log)
+    assert client.text == b"0" + DONE
+    await read_to_end(log, Told())
 
 
 def test_finishing_commits() -> None:
@@ -342,31 +358,39 @@ def test_finishing_commits() -> None:
     log.append(b"0")
     log.finish(b"1")
     assert log.is_committed
-    assert (client.got, client.last) == ([], b"01")
+    assert (client.got, client.last) == ([], b"01" + DONE)
 
 
 # ---------------------------------------------------------------------- leaving
 
 
-def test_the_producer_is_told_exactly_when_the_last_reader_leaves_before_the_end() -> None:
+def test_each_who_leaves_before_the_end_says_so_for_itself() -> None:
     """The upstream is to be cut at once, so that nobody pays for what nobody reads:
     https://github.com/maximhq/bifrost/issues/3164."""
     log = AnswerLog(1000)
-    log.on_left = left = Told()
-    one, two, three = Client(log), BodyReader(log, Told()), Client(log, room=1)
+    told, left = Told(), Told()
+    one, two, three = Client(log), BodyReader(log, told, left), Client(log, room=1)
     one.reader.leave()
+    assert (one.left.times, left.times, three.left.times) == (1, 0, 0)
     log.commit()
     log.append(b"0")
     two.leave()
-    assert left.times == 0
+    assert (one.left.times, left.times, three.left.times) == (1, 1, 0)
     three.reader.leave()
-    assert left.times == 1
     log.append(b"1")
     log.ping()
     log.finish()
-    assert left.times == 1
-    assert one.text == b""
-    assert three.text == b"0"
+    assert (one.left.times, left.times, three.left.times) == (1, 1, 1)
+    assert (one.text, three.text, told.times) == (b"", b"0", 0)
+
+
+def test_a_stuck_reader_that_leaves_when_all_is_said_has_left_before_its_end() -> None:
+    log, _ = committed()
+    client = Client(log, room=1)
+    log.append(b"0")
+    log.finish(b"1")
+    client.reader.leave()
+    assert (client.text, client.left.times) == (b"0", 1)
 
 
 def test_one_who_leaves_gets_nothing_more() -> None:
@@ -379,32 +403,30 @@ def test_one_who_leaves_gets_nothing_more() -> None:
     log.ping()
     log.finish(b"2")
     assert (leaving.text, leaving.is_over) == (stuck.text, stuck.is_over) == (b"0", False)
-    assert staying.text == b"01" + PING + b"2"
+    assert staying.text == b"01" + PING + b"2" + DONE
 
 
-async def test_a_task_that_reads_to_the_end_leaves_when_it_is_cancelled() -> None:
-    log, _ = committed()
-    log.on_left = left = Told()
-    task = asyncio.get_running_loop().create_task(read_to_end(log))
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_a_task_that_reads_to_the_end_leaves_when_it_is_cancelled(is_closed: bool) -> None:
+    log, source = committed()
+    stuck, left = Client(log, room=1), Told()
+    task = asyncio.get_running_loop().create_task(read_to_end(log, left))
     await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait((task,))
-    assert left.times == 1
-
-    log, _ = committed()
-    log.on_left = left = Told()
-    task = asyncio.get_running_loop().create_task(read_to_end(log))
-    await asyncio.sleep(0)
-    log.finish()
+    log.append(b"0")
+    assert not source.is_paused()
+    if is_closed:
+        log.finish()
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
-    assert left.times == 1, "it had left by itself"
+    assert source.is_paused(), "only the one that is stuck is left"
+    assert left.times == (0 if is_closed else 1), "at the end it leaves by itself"
+    stuck.reader.leave()
 
 
 async def test_a_task_reads_to_the_end() -> None:
     log, _ = committed()
-    tasks = [asyncio.get_running_loop().create_task(read_to_end(log)) for _ in range(2)]
+    tasks = [asyncio.get_running_loop().create_task(read_to_end(log, Told())) for _ in range(2)]
     await asyncio.sleep(0)
     log.append(b"0")
     await asyncio.sleep(0)
@@ -423,7 +445,7 @@ def test_a_ping_commits_and_is_no_part_of_the_answer() -> None:
     client = Client(log)
     log.ping()
     assert log.is_committed
-    assert not log.is_spent, "another target may still be asked"
+    assert not log.segments, "another target may still be asked"
     assert client.text == PING
     log.append(b"0")
     for _ in range(50):
@@ -445,27 +467,13 @@ def test_a_ping_may_be_what_fills_a_sink() -> None:
     assert client.got == [PING, b"0"]
 
 
-def test_what_nobody_saw_can_be_taken_back_before_another_attempt() -> None:
-    log = AnswerLog(10)
-    client = Client(log)
-    log.append(b"12345678")
-    log.rewind()
-    assert (log.segments, log.size) == ([], 0)
-    log.append(b"abcdefgh")
-    log.commit()
-    assert log.is_spent
-    log.rewind()
-    assert log.segments == [b"abcdefgh"]
-    assert client.text == b"abcdefgh"
-
-
 def test_a_log_is_bounded_and_says_so_to_those_who_read_it() -> None:
     log, _ = committed(10)
     client = Client(log)
     log.append(b"1234567890")
     with pytest.raises(UpstreamError, match="longer than 10 bytes") as caught:
         log.append(b"1")
-    assert (caught.value.status, caught.value.code, caught.value.may_retry) == (502, "answer_too_large", False)
+    assert (caught.value.status, caught.value.code, caught.value.trouble) == (502, "answer_too_large", Trouble.FINAL)
     assert client.text == b"1234567890"
     log.fail(caught.value)
     assert client.last is not None
@@ -488,10 +496,9 @@ def test_the_last_events_count_too() -> None:
 @pytest.mark.parametrize("comes", ["before", "after"])
 def test_one_body_is_kept_beside_the_log_and_its_reader_is_told_once(comes: str, fails: bool) -> None:
     log = AnswerLog(10)
-    log.on_left = left = Told()
-    told = Told()
+    told, left = Told(), Told()
     if comes == "before":
-        BodyReader(log, told)
+        BodyReader(log, told, left)
     log.put_whole(b'{"more": "than ten bytes"}')
     assert told.times == 0
     if fails:
@@ -499,10 +506,76 @@ def test_one_body_is_kept_beside_the_log_and_its_reader_is_told_once(comes: str,
     else:
         log.finish()
     if comes == "after":
-        BodyReader(log, told)
-    assert told.times == left.times == 1
+        BodyReader(log, told, left)
+    assert (told.times, left.times) == (1, 0)
     assert log.whole == b'{"more": "than ten bytes"}'
     assert log.segments == []
+
+
+# ---------------------------------------------------------------------- behind the events that a client has
+
+
+def events(*numbers: int) -> list[bytes]:
+    return [b"data: %d\n\n" % number for number in numbers]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), max_size=6),
+    has_last=st.booleans(),
+    wants_usage=st.booleans(),
+    room=st.none() | st.integers(1, 3),
+    data=st.data(),
+)
+@examples(200)
+def test_a_reader_goes_on_behind_any_event_and_comes_at_any_time(
+    sizes: list[int], has_last: bool, wants_usage: bool, room: int | None, data: st.DataObject
+) -> None:
+    """Segments of any number of events; a client that has `after` of them and comes when `said` segments are there."""
+    said = data.draw(st.integers(0, len(sizes)))
+    after = data.draw(st.integers(0, sum(sizes[:said])))
+    numbers = iter(range(sum(sizes)))
+    segments = [b"".join(events(next(numbers))[0] for _ in range(size)) for size in sizes]
+    last = b"data: last\n\n" if has_last else b""
+    whole = [*events(*range(sum(sizes))), *([last] if last else []), *([USAGE] if wants_usage else []), DONE]
+    log, _ = committed()
+    for segment in segments[:said]:
+        log.append(segment)
+    client = Client(log, room, wants_usage=wants_usage, after=after)
+    for segment in segments[said:]:
+        log.append(segment)
+    log.finish(last, USAGE)
+    while not client.is_over:
+        client.drain(room)
+    assert client.text == b"".join(whole[after:])
+    assert log.count() == sum(sizes) + has_last
+    for after in range(len(whole) + 1):
+        client = Client(log, wants_usage=wants_usage, after=after)
+        assert (client.got, client.last) == ([], b"".join(whole[after:]))
+
+
+def test_one_who_has_a_part_of_what_came_together_is_up_to_date_with_the_rest() -> None:
+    log, source = committed()
+    log.append(b"".join(events(1, 2, 3)))
+    quick, stuck = Client(log, after=1), Client(log, room=1, after=2)
+    assert (quick.got, stuck.got) == ([b"".join(events(2, 3))], events(3))
+    log.append(b"data: 4\n\n")
+    assert quick.got[1:] == events(4)
+    assert not source.is_paused()
+    stuck.drain()
+    assert stuck.got == events(3, 4)
+    assert Client(log, after=4).got == []
+
+
+def test_one_who_comes_back_to_what_failed_gets_the_error_and_that_is_an_event_too() -> None:
+    log, _ = committed()
+    log.append(b"".join(events(1, 2)))
+    log.fail(ERROR)
+    assert log.count() == 3
+    assert log.tail(wants_usage=True) == []
+    texts = [Client(log, wants_usage=True, after=after).text for after in range(4)]
+    assert texts[0].startswith(texts[0].removesuffix(texts[2]) + b'data: {"error"')
+    assert [text.count(b"\n\n") for text in texts] == [3, 2, 1, 0]
+    assert all(texts[0].endswith(text) for text in texts)
 
 
 # ---------------------------------------------------------------------- everything at any moment
@@ -515,14 +588,11 @@ class Anything(RuleBasedStateMachine):
         super().__init__()
         self.log, self.source = AnswerLog(2**30), Source()
         self.log.source = self.source
-        self.log.on_left = self._left
-        self.left = self.least = 0
+        self.least = 0
         self.clients: list[Client] = []
+        self.gone: list[Client] = []
         self.number = 0
         self.pings = 0
-
-    def _left(self) -> None:
-        self.left += 1
 
     def _segment(self, size: int) -> bytes:
         self.number += 1
@@ -553,7 +623,7 @@ class Anything(RuleBasedStateMachine):
             self.log.ping()
             self.pings += 1
 
-    @precondition(lambda self: self.number + self.pings >= self.least)
+    @precondition(lambda self: self.number + self.pings >= self.least and not self.log.is_closed)
     @rule(size=st.none() | st.sampled_from([0, 10, 100_000]))
     def finish(self, size: int | None) -> None:
         self.log.finish(b"" if size is None else self._segment(size))
@@ -574,6 +644,7 @@ class Anything(RuleBasedStateMachine):
         client = data.draw(st.sampled_from(self._present()))
         client.reader.leave()
         self.clients.remove(client)
+        self.gone.append(client)
 
     def _present(self) -> list[Client]:
         return [client for client in self.clients if not client.is_over]
@@ -581,6 +652,8 @@ class Anything(RuleBasedStateMachine):
     @invariant()
     def everybody_has_what_they_can_take(self) -> None:
         log, whole = self.log, b"".join(self.log.segments)
+        if log.is_closed and log.failure is None:
+            whole += DONE
         for client in self.clients:
             said = client.text.replace(PING, b"")
             assert client.text.count(PING) <= self.pings
@@ -601,10 +674,9 @@ class Anything(RuleBasedStateMachine):
         assert self.source.is_paused() == (bool(present) and all(client.reader.is_stuck for client in present))
 
     @invariant()
-    def the_producer_is_told_once_when_nobody_is_left(self) -> None:
-        assert self.left <= 1
-        if self.log.is_closed and self.left == 0:
-            assert self._present() or not self.clients
+    def whoever_leaves_before_the_end_says_so_once(self) -> None:
+        assert all(client.left.times == 0 for client in self.clients)
+        assert all(client.left.times == 1 for client in self.gone)
 
 
 TestAnything = Anything.TestCase

@@ -437,7 +437,8 @@ async def test_probe_finds_out_who_streams(tmp_path: Path, upstream: FakeUpstrea
         *(tmp_path, "probe", "--upstream", upstream.url, "streams", "refuses", "json-only", "broken")
     )
 
-    assert (code, error) == (0, "")
+    assert code == 0
+    assert re.fullmatch(r"\S+ \S+ INFO probe-3: default/broken failed \(.*\), default/broken is asked\n", error)
     heading, *rows = out.splitlines()
     assert heading.split() == ["MODEL", "STREAMS", "FIRST", "TOKEN", "ms", "AGE", "s", "EVIDENCE"]
     found = {row.split()[0]: row.split()[1:] for row in rows}

@@ -13,9 +13,11 @@ from aiohttp import web
 from proxy.chat import Outcome
 from proxy.encoders import Encoders
 from proxy.errors import ConfigError
+from proxy.inflight import InFlight
+from proxy.passing import Passing
 from proxy.pipeline import Pipeline
 from proxy.policy.routing import Routes
-from proxy.server import admin, openai
+from proxy.server import admin, metrics, openai, streams
 from proxy.server.accesslog import AccessLog
 from proxy.server.connection import Runner
 from proxy.server.door import Door
@@ -25,6 +27,7 @@ from proxy.settings import Settings
 from proxy.store import db
 from proxy.store.capabilities import CapabilityStore
 from proxy.tasks import Tasks
+from proxy.upstream.circuits import Circuits
 from proxy.upstream.listing import Listing
 from proxy.upstream.session import UpstreamSession
 
@@ -39,7 +42,12 @@ _LAST_REPORTS_S = 5.0
 class Parts:
     """What a call needs, without a server around it."""
 
+    routes: Routes
+    session: UpstreamSession
     pipeline: Pipeline
+    passing: Passing
+    in_flight: InFlight
+    circuits: Circuits
     capabilities: CapabilityStore
     listing: Listing
     tasks: Tasks
@@ -49,18 +57,26 @@ class Parts:
 async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncIterator[Parts]:
     """Open everything that calls need, and close it again. ConfigError when the database cannot be used."""
     tasks = Tasks()
+    in_flight = InFlight()
     connection = await db.connect(settings.store.path)
     try:
         capabilities = await CapabilityStore.open(connection, tasks)
         session = UpstreamSession(settings)
         encoders = Encoders(settings.store.path.parent / "tiktoken")
         try:
+            streaming = settings.streaming
+            circuits = Circuits(
+                streaming.circuit_failures, streaming.circuit_cooldown_s, asyncio.get_running_loop().time
+            )
             routes = Routes(settings)
-            pipeline = Pipeline(settings, routes, session, capabilities, encoders, tasks, report)
-            yield Parts(pipeline, capabilities, Listing(session, routes), tasks)
+            pipeline = Pipeline(settings, routes, session, circuits, capabilities, encoders, in_flight, tasks, report)
+            passing = Passing(settings, session, in_flight, report)
+            listing = Listing(session, routes)
+            yield Parts(routes, session, pipeline, passing, in_flight, circuits, capabilities, listing, tasks)
         finally:
-            pipeline.stop()
-            await pipeline.drained(_LAST_REPORTS_S)
+            in_flight.stop()
+            await in_flight.drained(_LAST_REPORTS_S)
+            pipeline.answers.close()
             await capabilities.close()
             await tasks.close()
             await session.close()
@@ -77,14 +93,34 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
     """
     server = settings.server
     access_log = AccessLog(access_log_out, server.log_format)
-    report = access_log.report if server.access_log else _ignore
+    calls = metrics.CallCounts()
+
+    def report(outcome: Outcome) -> None:
+        calls.count(outcome)
+        if server.access_log:
+            access_log.report(outcome)
+
     try:
         async with parts(settings, report) as made:
             loop = asyncio.get_running_loop()
-            state = State(settings, made.pipeline, made.capabilities, made.listing, made.tasks, report, loop.time)
+            state = State(
+                settings,
+                made.routes,
+                made.pipeline,
+                made.passing,
+                made.in_flight,
+                made.circuits,
+                made.capabilities,
+                made.listing,
+                made.tasks,
+                report,
+                loop.time,
+            )
+            app = make_app(state)
+            app[metrics.METRICS] = metrics.Metrics(calls, made.pipeline, made.circuits, made.session, made.in_flight)
             runner = Runner(
-                make_app(state),
-                Door(state, openai.CHAT_PATH, openai.chat_completions),
+                app,
+                Door(state, openai.CHAT_PATH, openai.chat_completions, streams.PREFIX, streams.resume),
                 handler_cancellation=True,
                 access_log=None,
                 shutdown_timeout=_LAST_WORDS_S,
@@ -100,8 +136,8 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
                 made.tasks.spawn(made.listing.refresh(), "list models")
                 yield int(runner.addresses[0][1])
                 state.is_draining = True
-                await made.pipeline.drained(server.drain_s)
-                made.pipeline.stop()
+                await made.in_flight.drained(server.drain_s)
+                made.in_flight.stop()
             finally:
                 await runner.cleanup()
     finally:
@@ -115,11 +151,15 @@ def make_app(state: State) -> web.Application:
     app.on_response_prepare.append(before_head)
     app.add_routes(
         [
-            web.post(openai.CHAT_PATH, openai.misplaced_chat),
+            web.post(openai.CHAT_PATH, openai.misplaced),
+            web.get(streams.PREFIX + "{id:.*}", openai.misplaced, allow_head=False),
+            web.route("*", streams.PREFIX + "{id:.*}", streams.only_read),
             web.get("/v1/models", openai.list_models),
             web.get("/v1/models/{model:.+}", openai.get_model),
             web.get("/health", admin.health),
             web.get("/ready", admin.ready),
+            web.get("/metrics", metrics.scrape),
+            web.get("/admin/targets", admin.list_targets),
             web.get("/admin/capabilities", admin.list_capabilities),
             web.delete("/admin/capabilities/{upstream}/{model:.+}", admin.forget_capability),
             web.route("*", "/v1/{rest:.+}", openai.pass_on),
@@ -132,7 +172,3 @@ async def _keep_fresh(capabilities: CapabilityStore) -> None:
     while True:
         await asyncio.sleep(_REFRESH_EVERY_S)
         await capabilities.refresh()
-
-
-def _ignore(outcome: Outcome) -> None:
-    """No access log."""

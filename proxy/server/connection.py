@@ -2,7 +2,7 @@
 
 aiohttp accepts connections, parses and checks requests, keeps connections alive, and answers most routes. For a small
 answer its objects (request, match, response, writer) and the two tasks it wakes for each request cost twice what all the
-rest of a call does, so requests for one route are taken here, as soon as they are parsed, and answered by plain calls.
+rest of a call does, so requests for the door are taken here, as soon as they are parsed, and answered by plain calls.
 
 Requests of one connection are answered in their order, whoever answers them: what was parsed waits in a queue of ours, and
 goes on, one at a time, to the door or to aiohttp's task.
@@ -48,9 +48,9 @@ class Answering(Protocol):
 
 
 class Door(Protocol):
-    """Takes the POST requests for its path."""
+    """Takes the requests that it opens to."""
 
-    path: str
+    def is_for(self, message: RawRequestMessage) -> bool: ...
 
     def take(self, connection: ClientConnection, message: RawRequestMessage, payload: StreamReader) -> None:
         """Answer the request, beginning with `ClientConnection.begin`. Its body is there, or still comes."""
@@ -123,12 +123,9 @@ class ClientConnection(RequestHandler):
             self._resume_reading_if_drained()
 
     def _is_for_door(self, message: Any) -> bool:
-        if not isinstance(message, RawRequestMessage) or message.method != "POST":
+        if not isinstance(message, RawRequestMessage) or not self._door.is_for(message):
             return False
-        if message.upgrade and message.headers["Upgrade"].lower() in _SWITCHING:
-            return False
-        # The target may be a whole URL too, or be percent-encoded where it need not be (RFC 9112 §3.2).
-        return message.path == self._door.path or message.url.path == self._door.path
+        return not (message.upgrade and message.headers["Upgrade"].lower() in _SWITCHING)
 
     # Called by the event loop.
 

@@ -18,8 +18,9 @@ from aiohttp.http_writer import HttpVersion11
 from aiohttp.streams import StreamReader
 
 from proxy import __version__
-from proxy.answerlog import AnswerLog, BodyReader
+from proxy.answerlog import AnswerLog, BodyReader, Sink
 from proxy.answerlog import StreamReader as LogReader
+from proxy.answers import Seat
 from proxy.errors import ProxyError
 from proxy.server.connection import ClientConnection
 from proxy.tasks import Tasks
@@ -40,6 +41,7 @@ def _first_part(status: int, headers: Mapping[str, str]) -> bytes:
 
 _STREAM_HEAD = _first_part(200, STREAM_HEADERS)
 _CHUNKED = b"Transfer-Encoding: chunked\r\n"
+_LENGTH = b"Content-Length: %d\r\n"
 _JSON = {"Content-Type": "application/json"}
 _JSON_HEAD = _first_part(200, _JSON)
 _CLOSE = b"Connection: close\r\n"
@@ -126,15 +128,25 @@ class Downstream:
         """Tell the client to send its body (RFC 9110 §10.1.1)."""
         self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def stream(self, log: AnswerLog) -> None:
-        """Deliver the log as an event stream, as it grows."""
-        self._log = log
-        self._read_by(LogReader(log, self))
+    def stream(self, seat: Seat, *, wants_usage: bool) -> None:
+        """Deliver the answer as an event stream, as it grows."""
+        self._log = seat.log
+        self._read_by(LogReader(seat.log, self, seat.leave, wants_usage=wants_usage))
 
-    def whole(self, log: AnswerLog) -> None:
-        """Deliver the log's one body, when it is closed."""
+    def whole(self, seat: Seat) -> None:
+        """Deliver the answer as one body, when it is whole."""
+        self._log = seat.log
+        self._read_by(BodyReader(seat.log, self._send_whole, seat.leave))
+
+    def rest(self, log: AnswerLog, on_left: Callable[[], object], *, wants_usage: bool, after: int) -> None:
+        """Deliver what follows the log's `after`-th event, as an event stream in which each has its number for an id."""
         self._log = log
-        self._read_by(BodyReader(log, self._send_whole))
+        sink = _Numbering(self, after)
+        self._read_by(LogReader(log, sink, on_left, wants_usage=wants_usage, after=after))
+
+    def nothing(self) -> None:
+        """Answer that there is nothing, in no words."""
+        self._send(_first_part(204, {}), b"")
 
     def _read_by(self, reader: LogReader | BodyReader) -> None:
         # The log may have been at its end, and the answer sent while the reader was made.
@@ -144,7 +156,7 @@ class Downstream:
     def refuse(self, error: ProxyError) -> None:
         """Answer with an error."""
         status, headers, body = error_parts(error)
-        self._send_body(_first_part(status, headers), body)
+        self._send(_first_part(status, headers) + _LENGTH % len(body), body)
 
     # As the log's sink.
 
@@ -193,22 +205,16 @@ class Downstream:
             self.refuse(log.failure)
             return
         assert log.whole is not None
-        self._send_body(_JSON_HEAD + header_lines(log.headers), log.whole)
+        self._send(_JSON_HEAD + _LENGTH % len(log.whole) + header_lines(log.headers), log.whole)
 
-    def _send_body(self, first_part: bytes, body: bytes) -> None:
+    def _send(self, first_part: bytes, body: bytes) -> None:
         connection = b""
         if not self._keeps_alive:
             connection = _CLOSE
         elif not self._is_http11:
             connection = _KEEP_ALIVE
-        head = b"%bContent-Length: %d\r\n%b%b%b\r\n" % (
-            first_part,
-            len(body),
-            connection,
-            _date_line(),
-            header_lines(self.headers),
-        )
-        self._transport.write(head + body)
+        lines = header_lines(self.headers)
+        self._transport.write(b"%b%b%b%b\r\n%b" % (first_part, connection, _date_line(), lines, body))
         self._finish()
 
     # The end, and what comes between.
@@ -268,6 +274,35 @@ class Downstream:
             self._keeps_alive = False
         self._payload = None
         self._hand_back()
+
+
+class _Numbering:
+    """Gives each event on its way to a sink its number in the whole answer, as a browser's EventSource remembers it
+    (WHATWG HTML §9.2.6)."""
+
+    __slots__ = ("_number", "_sink")
+
+    def __init__(self, sink: Sink, after: int) -> None:
+        self._sink = sink
+        self._number = after
+
+    def write(self, segment: bytes) -> bool:
+        return self._sink.write(self._numbered(segment))
+
+    def end(self, last: bytes) -> None:
+        self._sink.end(self._numbered(last))
+
+    def refuse(self, error: ProxyError) -> None:
+        self._sink.refuse(error)
+
+    def _numbered(self, segment: bytes) -> bytes:
+        out: list[bytes] = []
+        for event in segment.split(b"\n\n")[:-1]:
+            if not event.startswith(b":"):
+                self._number += 1
+                out.append(b"id: %d\n" % self._number)
+            out += (event, b"\n\n")
+        return b"".join(out)
 
 
 def error_parts(error: ProxyError) -> tuple[int, dict[str, str], bytes]:

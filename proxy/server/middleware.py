@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from proxy.addresses import is_loopback
 from proxy.chat import Mode, Outcome, Status
 from proxy.errors import ClientError, OverloadedError, ProxyError
 from proxy.server.downstream import SERVER, cut, error_response
 from proxy.server.state import STATE, State
-from proxy.settings import is_loopback
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,17 @@ def new_id() -> str:
 
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
-_OPEN_WHILE_DRAINING = frozenset(("/health", "/ready"))
+_CREDENTIALS = ("Authorization", "api-key", "x-api-key")
+_EXPOSED = (
+    "x-request-id",
+    "x-headwater-target",
+    "x-headwater-attempts",
+    "x-headwater-stream",
+    "x-headwater-error-source",
+    "retry-after",
+)
+# Who comes back to an answer makes no new call.
+_OPEN_WHILE_DRAINING = ("/health", "/ready", "/metrics", "/v1/streams/")
 
 
 def visit_of(headers: Mapping[str, str]) -> Visit:
@@ -59,11 +69,19 @@ def visit_of(headers: Mapping[str, str]) -> Visit:
     return Visit(call_id, {"x-request-id": call_id})
 
 
+def caller_of(headers: Mapping[str, str]) -> str:
+    """Who asks, as far as what they present tells callers apart: nobody shares another one's answers."""
+    for name in _CREDENTIALS:
+        if (given := headers.get(name)) is not None:
+            return f"{name}: {given}"
+    return ""
+
+
 def admit(state: State, visit: Visit, path: str, headers: Mapping[str, str]) -> None:
     """Refuse what may not come in: pages of strange origins, and calls while the proxy stops. Raises ProxyError."""
     if "Origin" in headers:
         visit.headers |= _cors(headers, state)
-    if state.is_draining and path not in _OPEN_WHILE_DRAINING:
+    if state.is_draining and not path.startswith(_OPEN_WHILE_DRAINING):
         raise OverloadedError("shutting_down", "The proxy is shutting down.", retry_after_s=5)
 
 
@@ -144,7 +162,7 @@ def _cors(headers: Mapping[str, str], state: State) -> dict[str, str]:
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
         "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers", "authorization, content-type"),
-        "Access-Control-Expose-Headers": "x-request-id, x-headwater-target, x-headwater-error-source, retry-after",
+        "Access-Control-Expose-Headers": ", ".join(_EXPOSED),
         "Access-Control-Max-Age": "600",
         "Vary": "Origin",
     }

@@ -8,33 +8,36 @@ from collections.abc import Mapping
 from urllib.parse import unquote
 
 from aiohttp import web
+from aiohttp.http_parser import RawRequestMessage
 from multidict import CIMultiDict
 
 from proxy.chat import Target
 from proxy.dialects.openai import encode
 from proxy.errors import ClientError, UpstreamError
 from proxy.server.downstream import Downstream, cut, json_response
-from proxy.server.middleware import VISIT, Visit
+from proxy.server.middleware import VISIT, Visit, caller_of
 from proxy.server.state import STATE, State
 from proxy.wire.headers import STREAM_HEADERS, downstream_headers, header_value, upstream_headers
-from proxy.wire.requests import parse_chat_request, parse_object, required_model
+from proxy.wire.requests import parse_chat_request, parse_object, parse_wishes, required_model
 
 CHAT_PATH = "/v1/chat/completions"
 
 
-def chat_completions(state: State, visit: Visit, headers: Mapping[str, str], body: bytes, down: Downstream) -> None:
+def chat_completions(state: State, visit: Visit, message: RawRequestMessage, body: bytes, down: Downstream) -> None:
     """POST /v1/chat/completions"""
+    headers = message.headers
     chat = parse_chat_request(body)
-    log = state.pipeline.start(visit.id, chat, upstream_headers(headers))
+    wishes = parse_wishes(headers)
+    seat = state.pipeline.start(visit.id, chat, upstream_headers(headers), caller_of(headers), wishes)
     visit.is_call = True
     if chat.wants_stream:
-        down.stream(log)
+        down.stream(seat, wants_usage=chat.wants_usage)
     else:
-        down.whole(log)
+        down.whole(seat)
 
 
-async def misplaced_chat(request: web.Request) -> web.StreamResponse:
-    """POST /v1/chat/completions, sent at once behind a request for an upgrade: all others come through the door."""
+async def misplaced(request: web.Request) -> web.StreamResponse:
+    """A request for a path of the door's, sent at once behind one for an upgrade: all others come through the door."""
     raise ClientError(400, "misplaced_request", "Nothing is answered behind a request to upgrade the connection.")
 
 
@@ -70,7 +73,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     visit.is_call = True
     response: web.StreamResponse | None = None
     try:
-        async with state.pipeline.passing(visit.id, target, request.method, path, body, headers) as reply:
+        async with state.passing.pass_on(visit.id, target, request.method, path, body, headers) as reply:
             down = CIMultiDict(downstream_headers(reply.headers))
             down["x-headwater-target"] = header_value(str(target))
             if reply.headers.get("Content-Type", "").startswith("text/event-stream"):
@@ -98,16 +101,16 @@ def _target_of(
     state: State, content_type: str, headers: Mapping[str, str], body: bytes | None
 ) -> tuple[Target, bytes | None]:
     """Where a request goes, and its body with the model's name as that upstream knows it."""
-    routes = state.pipeline.routes
+    routes = state.routes
     if body and (content_type.endswith("json") or body.lstrip()[:1] == b"{"):
         value = parse_object(body)
         if "model" in value:
             name = required_model(value)
-            target = routes.resolve(name)[0]
+            target = routes.resolve(name).targets[0]
             return target, body if target.model == name else encode({**value, "model": target.model})
     elif body and content_type == "multipart/form-data" and (found := _model_field(headers, body)) is not None:
         name = body[found.start(1) : found.end(1)].decode("utf-8", "replace")
-        target = routes.resolve(name)[0]
+        target = routes.resolve(name).targets[0]
         if target.model != name:
             body = body[: found.start(1)] + target.model.encode() + body[found.end(1) :]
         return target, body

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from proxy.chat import Outcome
+from proxy.inflight import InFlight
+from proxy.passing import Passing
 from proxy.pipeline import Pipeline
+from proxy.policy.routing import Routes
 from proxy.settings import Settings
 from proxy.store.capabilities import CapabilityStore
 from proxy.tasks import Tasks
+from proxy.upstream.circuits import Circuits
 from proxy.upstream.listing import Listing
 
 
@@ -20,7 +24,11 @@ class State:
     """One server's parts. `now` is the loop's clock, in seconds."""
 
     settings: Settings
+    routes: Routes
     pipeline: Pipeline
+    passing: Passing
+    in_flight: InFlight
+    circuits: Circuits
     capabilities: CapabilityStore
     listing: Listing
     tasks: Tasks

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from proxy.answerlog import AnswerLog, BodyReader, StreamReader
-from proxy.chat import ChatRequest, Outcome, Status
+from proxy.answerlog import BodyReader, StreamReader
+from proxy.answers import Seat
+from proxy.chat import ChatRequest, Outcome, Status, Wishes
 from proxy.errors import ProxyError
 from proxy.server.app import Parts, parts
 from proxy.wire.requests import parse_chat_request
@@ -89,16 +90,18 @@ async def made(tmp_path: Path, upstream: FakeUpstream, books: Books) -> AsyncIte
     settings = make_settings(tmp_path, upstream.url, more=alias, streaming={"heartbeat_interval_s": 0.002})
     async with parts(settings, books.report) as made:
         yield made
-        assert made.pipeline.in_flight == 0
+        assert len(made.in_flight) == 0
     assert all(len(outcomes) == 1 for outcomes in books.outcomes.values())
 
 
 class Client:
-    """The only reader of a call: of its stream, or of its one body."""
+    """The reader of a call: of its stream, or of its one body."""
 
-    def __init__(self, log: AnswerLog, *, is_stream: bool) -> None:
+    def __init__(self, seat: Seat, *, is_stream: bool) -> None:
         self.is_over = asyncio.Event()
-        self._reader = StreamReader(log, self) if is_stream else BodyReader(log, self._end)
+        self._reader = (
+            StreamReader(seat.log, self, seat.leave) if is_stream else BodyReader(seat.log, self._end, seat.leave)
+        )
 
     def leave(self) -> None:
         if not self.is_over.is_set():
@@ -151,8 +154,8 @@ async def _give_up(made: Parts, books: Books, call: str, give_up: Callable[[], N
     for turns in range(_MOST_TURNS):
         call_id = f"call-{turns}"
         # A model of its own each time, so that nothing is known of it.
-        log = made.pipeline.start(call_id, _request(model or f"model-{turns}", is_stream=is_stream), ())
-        client = Client(log, is_stream=is_stream)
+        seat = made.pipeline.start(call_id, _request(model or f"model-{turns}", is_stream=is_stream))
+        client = Client(seat, is_stream=is_stream)
         for _ in range(turns):
             await asyncio.sleep(0)
         is_over = client.is_over.is_set()
@@ -163,7 +166,7 @@ async def _give_up(made: Parts, books: Books, call: str, give_up: Callable[[], N
             async with asyncio.timeout(_LONG):
                 await client.is_over.wait()
         outcomes.append(await books.of(call_id))
-        assert log.is_closed
+        assert seat.log.is_closed
         if is_over:
             return outcomes
     raise AssertionError("the call never came to its end")
@@ -183,7 +186,7 @@ async def test_a_call_whose_client_leaves_at_any_moment_is_settled_once(
     assert statuses.keys() <= {Status.CANCELLED, Status.OK, Status.UPSTREAM_ERROR}
     assert outcomes[0].status is Status.CANCELLED
     assert all(outcome.http_status == 499 for outcome in outcomes if outcome.status is Status.CANCELLED)
-    assert not made.pipeline.in_flight
+    assert len(made.in_flight) == 0
 
 
 @pytest.mark.parametrize("call", _CALLS)
@@ -191,24 +194,27 @@ async def test_a_call_that_is_stopped_at_any_moment_is_settled_once_and_its_clie
     upstream: FakeUpstream, made: Parts, books: Books, call: str
 ) -> None:
     upstream.plays(_CALLS[call][0])
-    outcomes = await _give_up(made, books, call, made.pipeline.stop)
+    outcomes = await _give_up(made, books, call, made.in_flight.stop)
 
     statuses = Counter(outcome.status for outcome in outcomes)
     assert statuses[Status.INTERRUPTED] > 3
     assert statuses.keys() <= {Status.INTERRUPTED, Status.OK, Status.UPSTREAM_ERROR}
     assert all(outcome.error == "shutting_down" for outcome in outcomes if outcome.status is Status.INTERRUPTED)
-    assert not made.pipeline.in_flight
+    assert len(made.in_flight) == 0
 
 
-async def test_those_who_wait_for_what_a_call_finds_out_are_not_left_waiting_when_it_is_given_up(
-    upstream: FakeUpstream, made: Parts, books: Books
+@pytest.mark.parametrize("shares", [False, True])
+async def test_a_call_that_waits_for_another_one_is_not_left_waiting_when_that_is_given_up(
+    upstream: FakeUpstream, made: Parts, books: Books, shares: bool
 ) -> None:
-    """The second call stands behind the first one, whose client leaves at any moment."""
+    """The second call stands behind the first one, for what that finds out or for its very answer; the first one's client
+    leaves at any moment."""
     upstream.plays(stream(role(), text("Hello"), finish(), usage()))
     for turns in range(40):
         model = f"model-{turns}"
-        first = made.pipeline.start(f"first-{turns}", _request(model, is_stream=True), ())
-        second = made.pipeline.start(f"second-{turns}", _request(model, is_stream=True), ())
+        wishes = Wishes(coalesces=shares)
+        first = made.pipeline.start(f"first-{turns}", _request(model, is_stream=True), wishes=wishes)
+        second = made.pipeline.start(f"second-{turns}", _request(model, is_stream=True), wishes=wishes)
         leaving, staying = Client(first, is_stream=True), Client(second, is_stream=True)
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -217,6 +223,7 @@ async def test_those_who_wait_for_what_a_call_finds_out_are_not_left_waiting_whe
             await staying.is_over.wait()
         assert (await books.of(f"second-{turns}")).status is Status.OK
         assert (await books.of(f"first-{turns}")).status in (Status.CANCELLED, Status.OK)
+    assert len(upstream.requests) == 40 if shares else 40 < len(upstream.requests) <= 80
 
 
 # ---------------------------------------------------------------------- through sockets
@@ -315,7 +322,7 @@ async def test_a_connection_that_breaks_while_the_proxy_waits_to_write_to_it(
         connection.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(connection, ("127.0.0.1", port))
-        data = b'{"model": "model-a", "messages": [{"role": "user", "content": "Hi"}], "stream": true}'
+        data = b'{"model": "model-a", "messages": [{"role": "user", "content": "On?"}], "stream": true}'
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: %d\r\n\r\n" % len(data)
         await loop.sock_sendall(connection, head + data)
 

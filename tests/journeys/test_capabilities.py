@@ -231,7 +231,7 @@ async def test_an_upstream_that_streams_but_sends_no_usage_is_known_for_it(
 async def test_of_many_first_calls_only_one_finds_out(upstream: FakeUpstream, proxy: Proxy) -> None:
     upstream.plays(by_request(streaming=NO_STREAM, whole=answer()))
 
-    bodies = await asyncio.gather(*(proxy.stream() for _ in range(20)))
+    bodies = await asyncio.gather(*(proxy.stream(seed=number) for number in range(20)))
 
     assert all(read_strictly(body).is_done for body in bodies)
     assert sorted(asked_to_stream(upstream)) == [False] * 20 + [True]
@@ -257,7 +257,7 @@ async def test_of_many_first_calls_none_waits_for_the_whole_answer_of_another(
     upstream.plays(play)
 
     async with asyncio.timeout(20):
-        bodies = await asyncio.gather(*(proxy.stream() for _ in range(10)))
+        bodies = await asyncio.gather(*(proxy.stream(seed=number) for number in range(10)))
     assert all(read_strictly(body).text() == "Hi" for body in bodies)
 
 
@@ -268,7 +268,7 @@ async def test_a_first_call_that_finds_out_nothing_does_not_stop_the_others(
     upstream.plays(staying_silent(), STREAM)
     first = asyncio.create_task(proxy.stream())
     await upstream.asked(1)
-    others = [asyncio.create_task(proxy.stream()) for _ in range(5)]
+    others = [asyncio.create_task(proxy.stream(seed=number)) for number in range(5)]
     first.cancel()
 
     async with asyncio.timeout(20):
@@ -302,7 +302,7 @@ NO_EVIDENCE = {
 async def test_a_bad_day_is_no_evidence_that_an_upstream_cannot_stream(
     upstream: FakeUpstream, start: Start, bad_day: Play
 ) -> None:
-    proxy = await start(streaming={"first_token_timeout_s": 0.2})
+    proxy = await start(streaming={"first_token_timeout_s": 0.2, "max_retries": 0})
     upstream.plays(bad_day, STREAM)
 
     async with proxy.chat(stream=True) as response:

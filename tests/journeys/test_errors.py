@@ -37,10 +37,16 @@ SECRET = "sk-upstream-secret"
 ENVELOPE = {"message", "type", "param", "code"}
 
 
+@pytest.fixture
+async def once(start: Start) -> Proxy:
+    """A proxy that asks once, whatever comes of it."""
+    return await start(streaming={"max_retries": 0})
+
+
 @pytest.mark.parametrize("wants_stream", [False, True])
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 529])
 async def test_an_error_in_the_envelope_is_passed_on_whole(
-    upstream: FakeUpstream, proxy: Proxy, status: int, wants_stream: bool
+    upstream: FakeUpstream, once: Proxy, status: int, wants_stream: bool
 ) -> None:
     """The status too, and no 200 with an event stream (https://github.com/shuv1337/oc-web/issues/143)."""
     error = {
@@ -52,7 +58,7 @@ async def test_an_error_in_the_envelope_is_passed_on_whole(
     }
     upstream.plays(answer({"error": error}, status, retry_after="17", x_ratelimit_remaining_requests="0"))
 
-    async with proxy.chat(stream=wants_stream) as response:
+    async with once.chat(stream=wants_stream) as response:
         assert response.status == status
         assert response.content_type == "application/json"
         assert response.headers["Retry-After"] == "17"
@@ -60,7 +66,7 @@ async def test_an_error_in_the_envelope_is_passed_on_whole(
         assert (await response.json()) == {"error": error}
 
     assert len(upstream.requests) == 1
-    row = await proxy.ledger.next()
+    row = await once.ledger.next()
     assert (row["status"], row["http_status"], row["error"]) == ("upstream_error", status, "some_code")
     assert (row["mode"], row["ttft_ms"], row["attempts"]) == ("none", None, 1)
 
@@ -129,13 +135,13 @@ SHAPES: dict[str, tuple[Play, int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("played", "status", "members"), SHAPES.values(), ids=SHAPES.keys())
 async def test_an_error_in_any_shape_gets_the_envelope(
-    upstream: FakeUpstream, proxy: Proxy, played: Play, status: int, members: dict[str, Any]
+    upstream: FakeUpstream, once: Proxy, played: Play, status: int, members: dict[str, Any]
 ) -> None:
     """https://github.com/inference-gateway/inference-gateway/issues/578"""
     upstream.plays(played)
 
     for wants_stream in (False, True):
-        async with proxy.chat(stream=wants_stream) as response:
+        async with once.chat(stream=wants_stream) as response:
             assert response.status == status
             assert response.content_type == "application/json"
             assert response.headers["x-headwater-error-source"] == "upstream"
@@ -143,15 +149,15 @@ async def test_an_error_in_any_shape_gets_the_envelope(
         assert error.keys() >= ENVELOPE
         assert {name: error[name] for name in members} == members
         assert isinstance(error["message"], str)
-        row = await proxy.ledger.next()
+        row = await once.ledger.next()
         assert (row["status"], row["http_status"]) == ("upstream_error", status)
 
 
-async def test_a_redirect_is_not_followed(upstream: FakeUpstream, proxy: Proxy) -> None:
+async def test_a_redirect_is_not_followed(upstream: FakeUpstream, once: Proxy) -> None:
     """It would carry the credentials to wherever it points."""
     upstream.plays(answer(b"", 307, location="/v1/elsewhere"), answer())
 
-    async with proxy.chat() as response:
+    async with once.chat() as response:
         assert response.status == 502
 
     assert len(upstream.requests) == 1
@@ -172,18 +178,18 @@ IN_SUCCESS: dict[str, tuple[Any, int]] = {
 
 @pytest.mark.parametrize(("body", "status"), IN_SUCCESS.values(), ids=IN_SUCCESS.keys())
 async def test_an_error_with_status_200_gets_the_status_it_names(
-    upstream: FakeUpstream, proxy: Proxy, body: Any, status: int
+    upstream: FakeUpstream, once: Proxy, body: Any, status: int
 ) -> None:
     """https://github.com/Oaklight/llm-rosetta/issues/454"""
     upstream.plays(answer(body))
 
     for wants_stream in (False, True):
-        async with proxy.chat(stream=wants_stream) as response:
+        async with once.chat(stream=wants_stream) as response:
             assert response.status == status
             error = (await response.json())["error"]
         assert error.keys() >= ENVELOPE
         assert error["message"]
-        assert (await proxy.ledger.next())["http_status"] == status
+        assert (await once.ledger.next())["http_status"] == status
 
 
 async def test_a_completion_with_an_error_that_is_null_is_a_completion(upstream: FakeUpstream, proxy: Proxy) -> None:
@@ -305,22 +311,22 @@ async def test_a_connection_that_was_reset_is_replaced_without_a_word(upstream: 
     assert await proxy.ask() == COMPLETION
 
 
-async def test_a_request_is_sent_once_more_and_not_for_ever(upstream: FakeUpstream, proxy: Proxy) -> None:
+async def test_a_request_is_sent_once_more_and_not_for_ever(upstream: FakeUpstream, once: Proxy) -> None:
     upstream.plays(answer(), hanging_up())
 
-    await proxy.ask()
-    await proxy.ledger.next()
-    async with proxy.chat() as response:
+    await once.ask()
+    await once.ledger.next()
+    async with once.chat() as response:
         assert response.status == 502
         assert (await response.json())["error"]["code"] == "upstream_broke"
 
     assert len(upstream.requests) == 3
-    assert (await proxy.ledger.next())["status"] == "upstream_error"
+    assert (await once.ledger.next())["status"] == "upstream_error"
 
 
 async def test_a_request_on_a_new_connection_is_not_sent_again(upstream: FakeUpstream, start: Start) -> None:
-    """The upstream has seen it, and may have done what it asks."""
-    proxy = await start()
+    """The upstream has seen it, and may have done what it asks: to ask again counts as a retry."""
+    proxy = await start(streaming={"max_retries": 0, "coalesce": False})
     async with proxy.get("/v1/models"):
         pass
     # That connection is busy now, so that the next request needs a new one.
@@ -343,13 +349,13 @@ async def test_a_request_on_a_new_connection_is_not_sent_again(upstream: FakeUps
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nContent-Ty", b"HTTP", b"HTTP/1.1 100 Continue\r\n\r\n"])
 async def test_a_request_is_not_sent_again_once_anything_was_received(
-    upstream: FakeUpstream, proxy: Proxy, said: bytes
+    upstream: FakeUpstream, once: Proxy, said: bytes
 ) -> None:
     """https://github.com/aio-libs/aiohttp/issues/3609"""
     upstream.plays(answer(), hanging_up(said), answer())
 
-    await proxy.ask()
-    async with proxy.chat() as response:
+    await once.ask()
+    async with once.chat() as response:
         assert response.status == 502
 
     assert len(upstream.requests) == 2
@@ -364,10 +370,10 @@ async def test_a_request_is_not_sent_again_once_anything_was_received(
         b"HTTP/1.1 200 OK\r\nContent-Length: minus\r\n\r\n",
     ],
 )
-async def test_malformed_http_is_a_502(upstream: FakeUpstream, proxy: Proxy, said: bytes) -> None:
+async def test_malformed_http_is_a_502(upstream: FakeUpstream, once: Proxy, said: bytes) -> None:
     upstream.plays(hanging_up(said))
 
-    async with proxy.chat() as response:
+    async with once.chat() as response:
         assert response.status == 502
         assert (await response.json())["error"]["code"] in ("bad_upstream_answer", "upstream_broke")
 
@@ -387,8 +393,20 @@ async def test_an_error_of_our_own_is_told_without_detail(
 
     settings = make_settings(tmp_path, upstream.url)
     async with parts(settings, rows.append) as made:
-        now = asyncio.get_running_loop().time
-        app = make_app(State(settings, made.pipeline, made.capabilities, made.listing, made.tasks, rows.append, now))
+        state = State(
+            settings,
+            made.routes,
+            made.pipeline,
+            made.passing,
+            made.in_flight,
+            made.circuits,
+            made.capabilities,
+            made.listing,
+            made.tasks,
+            rows.append,
+            asyncio.get_running_loop().time,
+        )
+        app = make_app(state)
         app.router.add_get("/boom", boom)
         server = test_utils.TestServer(app)
         with caplog.at_level(logging.ERROR):
@@ -451,15 +469,15 @@ async def test_every_answer_has_its_own_request_id(upstream: FakeUpstream, proxy
 
 @pytest.mark.parametrize("trouble", [hanging_up(), refuse(500), stream(role(), text("Hel"), done=False)])
 async def test_the_next_call_is_served_as_if_nothing_had_been(
-    upstream: FakeUpstream, proxy: Proxy, trouble: Play
+    upstream: FakeUpstream, once: Proxy, trouble: Play
 ) -> None:
     upstream.plays(trouble, stream(role(), text("Hello"), finish()))
 
-    async with proxy.chat(stream=True) as response:
+    async with once.chat(stream=True) as response:
         await response.read()
-    assert (await proxy.ledger.next())["status"] == "upstream_error"
+    assert (await once.ledger.next())["status"] == "upstream_error"
 
-    body = await proxy.stream()
+    body = await once.stream()
     assert body.endswith(DONE)
     assert read_strictly(body).text() == "Hello"
-    assert (await proxy.ledger.next())["status"] == "ok"
+    assert (await once.ledger.next())["status"] == "ok"

@@ -15,7 +15,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolUnionParam
 
-from tests.conftest import Proxy
+from tests.conftest import Proxy, Start
 from tests.fakes.upstream import (
     COMPLETION,
     FakeUpstream,
@@ -334,7 +334,8 @@ async def test_the_synchronous_client_reads_the_same(upstream: FakeUpstream, pro
     assert models == ["model-a", "model-b"]
 
 
-async def test_the_synchronous_client_raises_the_same(upstream: FakeUpstream, proxy: Proxy) -> None:
+async def test_the_synchronous_client_raises_the_same(upstream: FakeUpstream, start: Start) -> None:
+    proxy = await start(streaming={"max_retries": 0})
     upstream.plays(
         refuse(429, None, "Slow down", "rate_limit_exceeded"),
         stream(role(), text("Hello"), event({"error": {"message": "Out of luck"}}), done=False),
@@ -352,8 +353,9 @@ async def test_the_synchronous_client_raises_the_same(upstream: FakeUpstream, pr
         await asyncio.to_thread(use)
 
 
-async def test_the_clients_own_retry_finds_the_answer(upstream: FakeUpstream, proxy: Proxy) -> None:
+async def test_the_clients_own_retry_finds_the_answer(upstream: FakeUpstream, start: Start) -> None:
     """By itself it retries 429 and 5xx twice, and obeys Retry-After."""
+    proxy = await start(streaming={"max_retries": 0})
     busy = answer({"error": {"message": "Busy", "type": "t", "param": None, "code": None}}, 429, retry_after="0.01")
     upstream.plays(busy, _native(_WORDS, COMPLETION))
     async with openai.AsyncOpenAI(base_url=proxy.base, api_key="sk-any") as client:

@@ -129,9 +129,10 @@ async def test_a_refusal_to_stream_is_asked_once_more_without(
         (500, "streaming is not supported"),
     ],
 )
-async def test_another_refusal_is_told_and_not_asked_again(
-    upstream: FakeUpstream, proxy: Proxy, status: int, message: str
+async def test_another_refusal_is_told_and_not_asked_otherwise(
+    upstream: FakeUpstream, start: Start, status: int, message: str
 ) -> None:
+    proxy = await start(streaming={"max_retries": 0})
     upstream.plays(refuse(status, None, message, "nope"))
 
     async with proxy.chat(stream=True) as response:

@@ -161,11 +161,25 @@ async def test_models_are_listed(demo: Demo) -> None:
         "demo-refuses-stream",
         "demo-json-only",
         "demo-slow",
+        "demo-breaks",
     ]
     assert all(model["object"] == "model" for model in body["data"])
 
 
-@pytest.mark.parametrize("model", ["demo-stream", "demo-refuses-stream", "demo-json-only", "demo-slow"])
+async def test_demo_breaks_breaks_off_every_other_stream(own_demo: Demo) -> None:
+    async with own_demo.chat("demo-breaks", stream=True) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+    assert (
+        text_of(await own_demo.stream("demo-breaks"))
+        == (await own_demo.ask("demo-breaks"))["choices"][0]["message"]["content"]
+    )
+    async with own_demo.chat("demo-breaks", stream=True) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+
+
+@pytest.mark.parametrize("model", ["demo-stream", "demo-refuses-stream", "demo-json-only", "demo-slow", "demo-breaks"])
 async def test_every_model_answers_one_json_completion(demo: Demo, model: str) -> None:
     body = await demo.ask(model, stream=False)
     assert body["object"] == "chat.completion"

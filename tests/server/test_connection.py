@@ -64,12 +64,13 @@ class Taken:
 class Gate:
     """A door for POST /door. What it took waits in `taken`, unless it answers at once."""
 
-    path = "/door"
-
     def __init__(self) -> None:
         self.taken: asyncio.Queue[Taken] = asyncio.Queue()
         self.names: list[str] = []
         self.answers_at_once = False
+
+    def is_for(self, message: RawRequestMessage) -> bool:
+        return message.method == "POST" and message.url.path == "/door"
 
     def take(self, connection: ClientConnection, message: RawRequestMessage, payload: StreamReader) -> None:
         taken = Taken(connection, message, payload)

@@ -21,6 +21,7 @@ from proxy.server.connection import ClientConnection, Runner
 from proxy.server.door import Door
 from proxy.server.openai import CHAT_PATH, chat_completions
 from proxy.server.state import State
+from proxy.server.streams import PREFIX, resume
 from proxy.settings import Settings
 from tests.conftest import Proxy, Start, make_settings
 from tests.fakes.client import Client, chat, question, request
@@ -32,6 +33,7 @@ from tests.fakes.upstream import (
     Wire,
     answer,
     echo,
+    event,
     finish,
     pause,
     refuse,
@@ -171,21 +173,22 @@ async def test_a_client_that_asks_for_it_has_its_connection_closed(upstream: Fak
 
 
 async def test_an_error_event_ends_a_body_that_is_framed_to_its_end(upstream: FakeUpstream, raw: Raw) -> None:
-    upstream.plays(stream(*_EVENTS[:2], done=False), stream(*_EVENTS, usage()))
+    wrong = event({"error": {"message": "No.", "code": "invalid_request"}})
+    upstream.plays(stream(*_EVENTS[:2], wrong), stream(*_EVENTS, usage()))
     raw.ask(stream=True)
     await raw.head()
     body = await raw.chunked_body()
-    assert b'"code":"upstream_broke"' in body
+    assert b'"code":"invalid_request"' in body
     raw.ask(stream=True)
     await raw.head()
     assert await raw.chunked_body() == _BODY
 
 
 async def test_a_refused_stream_leaves_the_connection_of_use(upstream: FakeUpstream, raw: Raw) -> None:
-    upstream.plays(refuse(429), stream(*_EVENTS, usage()))
+    upstream.plays(refuse(400), stream(*_EVENTS, usage()))
     raw.ask(stream=True)
     status, headers = await raw.head()
-    assert status.startswith("HTTP/1.1 429 ")
+    assert status.startswith("HTTP/1.1 400 ")
     async with asyncio.timeout(_LONG):
         await raw.reader.readexactly(int(headers["content-length"]))
     raw.ask(stream=True)
@@ -386,8 +389,21 @@ async def recorded(settings: Settings) -> AsyncIterator[tuple[ClientConnection, 
     outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
     async with parts(settings, outcomes.put_nowait) as made:
         now = asyncio.get_running_loop().time
-        state = State(settings, made.pipeline, made.capabilities, made.listing, made.tasks, outcomes.put_nowait, now)
-        runner = Runner(make_app(state), Door(state, CHAT_PATH, chat_completions), access_log=None)
+        state = State(
+            settings,
+            made.routes,
+            made.pipeline,
+            made.passing,
+            made.in_flight,
+            made.circuits,
+            made.capabilities,
+            made.listing,
+            made.tasks,
+            outcomes.put_nowait,
+            now,
+        )
+        door = Door(state, CHAT_PATH, chat_completions, PREFIX, resume)
+        runner = Runner(make_app(state), door, access_log=None)
         await runner.setup()
         connection = runner.server()  # type: ignore[misc]
         assert isinstance(connection, ClientConnection)
