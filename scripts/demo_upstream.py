@@ -9,6 +9,7 @@ one upstream that a proxy has to cope with:
     demo-refuses-stream   answers 400 when `"stream": true` is asked, else JSON
     demo-json-only        ignores `"stream": true` and answers one JSON completion
     demo-slow             thinks for some seconds before its first token, then streams
+    demo-breaks           streams, but every other stream breaks off at two thirds
 
 The text is made from the question alone, so the same question always gets the same answer. To add a model, add a line
 to `MODELS` and, if it behaves in a new way, a branch in `chat_completions`.
@@ -37,7 +38,7 @@ from typing import Any
 
 from aiohttp import web
 
-MODELS = ("demo-stream", "demo-refuses-stream", "demo-json-only", "demo-slow")
+MODELS = ("demo-stream", "demo-refuses-stream", "demo-json-only", "demo-slow", "demo-breaks")
 JSON_ONLY_THINKING_S = 0.5
 EMBEDDING_DIMENSIONS = 8
 MAX_BODY_BYTES = 32 * 2**20  # aiohttp's own limit of 1 MiB is less than one photograph in a message
@@ -66,10 +67,14 @@ Enjoy the water! 🌊
 
 @dataclass
 class Activity:
-    """What `GET /health` tells besides "ok": the answers being written, and how many were left by their client."""
+    """What `GET /health` tells besides "ok": the answers being written, and how many were left by their client.
+
+    And how many streams `demo-breaks` has begun, of which the first and then every other one breaks off.
+    """
 
     answering: int = 0
     abandoned: int = 0
+    breaking: int = 0
 
     @contextmanager
     def one_answer(self) -> Iterator[None]:
@@ -228,9 +233,19 @@ async def stream(request: web.Request, completion: Completion, *, includes_usage
         data = {"usage": None} | chunk if includes_usage else chunk
         await response.write(f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode())
 
+    words = completion.words()
+    last = len(words)
+    if completion.model == "demo-breaks":
+        request.app[ACTIVITY].breaking += 1
+        if request.app[ACTIVITY].breaking % 2:
+            last = len(words) * 2 // 3
     await send(completion.chunk({"role": "assistant", "content": "", "refusal": None}))
-    for word in completion.words():
+    for position, word in enumerate(words):
         await asyncio.sleep(request.app[WORD_DELAY_S])
+        if position == last:
+            assert request.transport is not None
+            request.transport.abort()
+            return response
         await send(completion.chunk({"content": word}))
     await send(completion.chunk({}, finish_reason="stop"))
     if includes_usage:
