@@ -1,7 +1,7 @@
 """What is known of the targets, in memory and in the database.
 
 Looking up is a dictionary access; learning changes the dictionary at once and the database soon after. A database
-that cannot be written is a warning, never a failed call: what was learned is then forgotten at the next start.
+that cannot be read or written is a warning, never a failed call: what was learned is then forgotten at the next start.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Iterator
-
-import aiosqlite
+from functools import partial
 
 from proxy.policy.capabilities import Capability, Fact, Key, Topic
+from proxy.store.db import Connection
 from proxy.tasks import Tasks
 
 _log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _NOTHING = Capability()
 class CapabilityStore:
     """All capabilities. Use `open` to make one; `close` writes what is still unwritten."""
 
-    def __init__(self, connection: aiosqlite.Connection, tasks: Tasks) -> None:
+    def __init__(self, connection: Connection, tasks: Tasks) -> None:
         self._connection = connection
         self._tasks = tasks
         self._known: dict[Key, Capability] = {}
@@ -31,9 +31,10 @@ class CapabilityStore:
         self._writing: asyncio.Task[None] | None = None
         self._data_version = -1
         self._changes = 0
+        self._cannot_read = False
 
     @classmethod
-    async def open(cls, connection: aiosqlite.Connection, tasks: Tasks) -> CapabilityStore:
+    async def open(cls, connection: Connection, tasks: Tasks) -> CapabilityStore:
         store = cls(connection, tasks)
         await store.refresh()
         return store
@@ -60,22 +61,22 @@ class CapabilityStore:
         return True
 
     async def refresh(self) -> None:
-        """Take over what another process (`headwater probe`) has written since the last look. Cheap when nothing was."""
+        """Take over what another process (`headwater probe`) has written since the last look. Cheap when nothing was.
+
+        A database that cannot be read (damaged, or locked) is a warning, and what was known stays.
+        """
         changes = self._changes
-        async with self._connection.execute("PRAGMA data_version") as cursor:
-            row = await cursor.fetchone()
-        version = int(row[0]) if row else 0
-        if version == self._data_version or self._writing is not None:
+        try:
+            version = await self._connection.data_version()
+            if version == self._data_version or self._writing is not None:
+                return
+            known = await self._connection.run(_read)
+        except sqlite3.Error as error:
+            if not self._cannot_read:
+                _log.warning("what was learned of upstreams could not be read: %s", error)
+            self._cannot_read = True
             return
-        known: dict[Key, Capability] = {}
-        query = "SELECT upstream, model, credential, topic, value, evidence, learned_at FROM capability"
-        async with self._connection.execute(query) as cursor:
-            async for upstream, model, credential, topic, value, evidence, learned_at in cursor:
-                if topic not in Topic.__members__.values():
-                    continue
-                key = Key(upstream, model, credential)
-                fact = Fact(bool(value), evidence, learned_at)
-                known[key] = known.get(key, _NOTHING).learned(Topic(topic), fact)
+        self._cannot_read = False
         if changes == self._changes:
             self._known, self._data_version = known, version
 
@@ -94,22 +95,33 @@ class CapabilityStore:
         try:
             while self._unwritten:
                 batch, self._unwritten = self._unwritten, {}
-                await self._connection.execute("BEGIN IMMEDIATE")
-                for (key, topic), fact in batch.items():
-                    if fact is None:
-                        await self._connection.execute(
-                            "DELETE FROM capability WHERE upstream=? AND model=? AND credential=? AND topic=?",
-                            (*key, topic.value),
-                        )
-                    else:
-                        await self._connection.execute(
-                            "INSERT OR REPLACE INTO capability VALUES (?, ?, ?, ?, ?, ?, ?)",
-                            (*key, topic.value, int(fact.value), fact.evidence, fact.learned_at),
-                        )
-                await self._connection.execute("COMMIT")
+                await self._connection.transact(partial(_write, batch))
         except sqlite3.Error as error:
             _log.warning("what was learned of upstreams could not be stored: %s", error)
-            if self._connection.in_transaction:
-                await self._connection.execute("ROLLBACK")
         finally:
             self._writing = None
+
+
+def _read(connection: sqlite3.Connection) -> dict[Key, Capability]:
+    known: dict[Key, Capability] = {}
+    query = "SELECT upstream, model, credential, topic, value, evidence, learned_at FROM capability"
+    for upstream, model, credential, topic, value, evidence, learned_at in connection.execute(query):
+        if topic not in Topic.__members__.values():
+            continue
+        key = Key(upstream, model, credential)
+        known[key] = known.get(key, _NOTHING).learned(Topic(topic), Fact(bool(value), evidence, learned_at))
+    return known
+
+
+def _write(batch: dict[tuple[Key, Topic], Fact | None], connection: sqlite3.Connection) -> None:
+    for (key, topic), fact in batch.items():
+        if fact is None:
+            connection.execute(
+                "DELETE FROM capability WHERE upstream=? AND model=? AND credential=? AND topic=?",
+                (*key, topic.value),
+            )
+        else:
+            connection.execute(
+                "INSERT OR REPLACE INTO capability VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (*key, topic.value, int(fact.value), fact.evidence, fact.learned_at),
+            )

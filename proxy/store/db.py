@@ -1,62 +1,116 @@
-"""The SQLite file: opened, brought up to date, closed.
+"""A SQLite file: opened, brought up to date, closed; and its one writer.
 
-One connection, whose thread does all the work, so that the event loop never waits for a disk. WAL mode: a reader
+One connection to each file, whose thread does all the work, so that the event loop never waits for a disk. WAL mode: a reader
 elsewhere (the command line, a backup) does not stop the writer, and a kill -9 loses no committed row.
+
+Several stores share the connection. A transaction that is a chain of awaits would get another store's statements in
+between; so a transaction is one function, which the thread runs in one piece. What runs there is short (a few
+milliseconds), for everybody's next read waits behind it: long work is many pieces.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 import aiosqlite
 
-from proxy.errors import ConfigError
-from proxy.store.migrations import STEPS
-
 _PRAGMAS = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=5000; PRAGMA foreign_keys=ON;"
 
+NOWHERE = Path(":memory:")
+"""The path of a database that leaves nothing behind."""
 
-async def connect(path: Path) -> aiosqlite.Connection:
-    """The database at `path`, made if it is missing, at the newest schema. The caller closes it.
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
 
-    ConfigError when it cannot be opened, is no database, or was written by a newer version.
+
+class UnusableError(Exception):
+    """A file that cannot be opened, is no database, or was written by a newer version. It is left as it was."""
+
+
+class Connection(aiosqlite.Connection):
+    """The connection all stores share. What is given to it is done in that order, also when its caller is cancelled."""
+
+    async def run(self, work: Work[T]) -> T:
+        """What `work` returns; it runs in the connection's thread, and nothing else in between. For reading."""
+        return cast(T, await self._execute(work, self._conn))  # type: ignore[no-untyped-call]
+
+    async def transact(self, work: Work[T], *, durable: bool = False) -> T:
+        """What `work` returns, after all it wrote is committed; sqlite3.Error, and nothing of it is written.
+
+        A commit outlives the end of the process; a `durable` one outlives a power cut too (it waits for the disk).
+        """
+        return await self.run(lambda connection: _transact(connection, work, durable=durable))
+
+    async def data_version(self) -> int:
+        """A number that is another one after other connections have changed the file.
+
+        https://www.sqlite.org/pragma.html#pragma_data_version
+        """
+        return await self.run(lambda connection: int(connection.execute("PRAGMA data_version").fetchone()[0]))
+
+
+async def connect(path: Path, steps: Sequence[str]) -> Connection:
+    """The database at `path`, made if it is missing, with all `steps` of its schema taken. The caller closes it.
+
+    UnusableError when that cannot be.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Opened here, for when opening fails aiosqlite leaves a thread behind that speaks to the loop after its end.
         opened = await asyncio.to_thread(sqlite3.connect, path, isolation_level=None, check_same_thread=False)
-        connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
+        connection = Connection(lambda: opened, iter_chunk_size=64)
+        await connection
     except (OSError, sqlite3.Error) as error:
-        raise ConfigError([f"store.path: {path} cannot be opened: {error}"]) from None
+        raise UnusableError(f"{path} cannot be opened: {error}") from None
     try:
         await connection.executescript(_PRAGMAS)
-        await _migrate(connection, path)
+        await _migrate(connection, path, steps)
     except sqlite3.Error as error:
         await connection.close()
-        raise ConfigError([f"store.path: {path} cannot be used: {error}"]) from None
-    except ConfigError:
+        raise UnusableError(f"{path} cannot be used: {error}") from None
+    except UnusableError:
         await connection.close()
         raise
     return connection
 
 
-async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
-    version = await _version(connection)
-    if version > len(STEPS):
-        raise ConfigError([f"store.path: {path} was written by a newer version of the proxy"])
-    for step in range(version, len(STEPS)):
-        # Another process may be doing the same: who gets the lock second finds the step done.
-        await connection.execute("BEGIN IMMEDIATE")
-        if await _version(connection) == step:
-            for statement in STEPS[step].split(";"):
-                await connection.execute(statement)
-            await connection.execute(f"PRAGMA user_version={step + 1}")
-        await connection.execute("COMMIT")
+def _transact(connection: sqlite3.Connection, work: Work[T], *, durable: bool) -> T:
+    if durable:
+        # https://www.sqlite.org/pragma.html#pragma_synchronous: in WAL mode, FULL syncs the log with each commit.
+        connection.execute("PRAGMA synchronous=FULL")
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        result = work(connection)
+        connection.execute("COMMIT")
+        return result
+    finally:
+        # Some errors (a full disk) have ended the transaction by themselves.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        if durable:
+            connection.execute("PRAGMA synchronous=NORMAL")
 
 
-async def _version(connection: aiosqlite.Connection) -> int:
-    async with connection.execute("PRAGMA user_version") as cursor:
-        row = await cursor.fetchone()
-    return int(row[0]) if row else 0
+async def _migrate(connection: Connection, path: Path, steps: Sequence[str]) -> None:
+    version = await connection.run(_version)
+    if version > len(steps):
+        raise UnusableError(f"{path} was written by a newer version of the proxy")
+    for step in range(version, len(steps)):
+        await connection.transact(partial(_take_step, step, steps[step]))
+
+
+def _take_step(step: int, statements: str, connection: sqlite3.Connection) -> None:
+    # Another process may be doing the same: who gets the lock second finds the step done.
+    if _version(connection) == step:
+        for statement in statements.split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={step + 1}")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])

@@ -1,9 +1,10 @@
-"""The schema, as the steps that led to it. A step that was released is never changed: add another behind it.
+"""The schema of each file, as the steps that led to it. A step that was released is never changed: add another behind it.
 
-`PRAGMA user_version` counts the steps a file has had.
+`PRAGMA user_version` counts the steps a file has had. Cached answers have a file of their own: it may be large, and it may
+be lost; what is in the main one may not.
 """
 
-STEPS: tuple[str, ...] = (
+MAIN: tuple[str, ...] = (
     """
     CREATE TABLE capability (
         upstream   TEXT NOT NULL,
@@ -15,5 +16,48 @@ STEPS: tuple[str, ...] = (
         learned_at REAL NOT NULL,  -- Unix seconds
         PRIMARY KEY (upstream, model, credential, topic)
     ) STRICT, WITHOUT ROWID;
+    """,
+)
+
+CACHE: tuple[str, ...] = (
+    # A cached answer is one row here and one in each of the two tables behind it, for SQLite rewrites and reads rows
+    # whole: a hit changes a short row, and starting reads short rows.
+    """
+    CREATE TABLE answer (
+        id                INTEGER PRIMARY KEY,
+        key               BLOB NOT NULL UNIQUE CHECK (length(key) = 16),
+        scope             TEXT NOT NULL,  -- a digest of whose answer it is
+        namespace         TEXT NOT NULL,
+        model             TEXT NOT NULL,  -- as it was asked for
+        target            TEXT NOT NULL,
+        size              INTEGER NOT NULL,  -- bytes, over all three tables
+        prompt_tokens     INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL,
+        duration_s        REAL NOT NULL,
+        created_at        REAL NOT NULL,  -- Unix seconds, as all times here
+        expires_at        REAL,  -- NULL is never
+        used_at           REAL NOT NULL,
+        hits              INTEGER NOT NULL DEFAULT 0,
+        rights            INTEGER NOT NULL DEFAULT 0,
+        wrongs            INTEGER NOT NULL DEFAULT 0,
+        lowest_right      REAL,
+        highest_wrong     REAL
+    ) STRICT;
+
+    CREATE TABLE answer_body (
+        id     INTEGER PRIMARY KEY REFERENCES answer ON DELETE CASCADE,
+        answer BLOB NOT NULL  -- the completion as JSON, compressed with zlib
+    ) STRICT;
+
+    CREATE TABLE answer_question (  -- of those answers that may be found by meaning
+        id        INTEGER PRIMARY KEY REFERENCES answer ON DELETE CASCADE,
+        partition BLOB NOT NULL CHECK (length(partition) = 16),
+        question  TEXT NOT NULL,
+        vector    BLOB,  -- float16, little-endian
+        embedder  TEXT  -- that made the vector
+    ) STRICT;
+
+    CREATE TABLE answer_ids (unused INTEGER NOT NULL) STRICT;  -- every id below it is given out, or set aside for a process
+    INSERT INTO answer_ids VALUES (1);
     """,
 )

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from proxy.policy.capabilities import Capability, Fact, Key, Topic
-from proxy.store import db
+from proxy.store import db, migrations
 from proxy.store.capabilities import CapabilityStore
 from proxy.tasks import Tasks
 
@@ -42,7 +42,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
 
         async def starter() -> Process:
-            connection = await db.connect(tmp_path / "headwater.db")
+            connection = await db.connect(tmp_path / "headwater.db", migrations.MAIN)
             stack.push_async_callback(connection.close)
             tasks = Tasks()
             stack.push_async_callback(tasks.close)
@@ -197,3 +197,22 @@ async def test_a_topic_of_another_version_is_passed_over(start: Start) -> None:
     one.store.learn(KEY, Topic.STREAMS, YES)
     await one.written()
     assert dict((await start()).store.all()) == {KEY: Capability({Topic.STREAMS: YES})}
+
+
+async def test_a_database_that_cannot_be_read_is_one_warning_and_what_was_known_stays(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = await start(), await start()
+    one.store.learn(KEY, Topic.STREAMS, YES)
+    await one.written()
+    await other.connection.execute("ALTER TABLE capability RENAME TO away")
+    for _ in range(3):
+        await one.store.refresh()
+    assert one.store.get(KEY).facts == {Topic.STREAMS: YES}
+    [record] = caplog.records
+    assert "could not be read" in record.getMessage()
+    await other.connection.execute("ALTER TABLE away RENAME TO capability")
+    other.store.learn(OTHER, Topic.STREAMS, NO)
+    await other.written()
+    await one.store.refresh()
+    assert one.store.get(OTHER).facts == {Topic.STREAMS: NO}

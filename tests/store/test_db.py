@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,11 +11,10 @@ import aiosqlite
 import pytest
 import pytest_asyncio
 
-from proxy.errors import ConfigError
 from proxy.store import db
-from proxy.store.migrations import STEPS
+from proxy.store.migrations import CACHE, MAIN
 
-Connect = Callable[[Path], Awaitable[aiosqlite.Connection]]
+Connect = Callable[..., Awaitable[aiosqlite.Connection]]
 
 
 @pytest_asyncio.fixture
@@ -23,8 +22,8 @@ async def connect() -> AsyncIterator[Connect]:
     """`db.connect`, with connections that end with the test."""
     async with AsyncExitStack() as stack:
 
-        async def connect_for_now(path: Path) -> aiosqlite.Connection:
-            connection = await db.connect(path)
+        async def connect_for_now(path: Path, steps: Sequence[str] = MAIN) -> aiosqlite.Connection:
+            connection = await db.connect(path, steps)
             stack.push_async_callback(connection.close)
             return connection
 
@@ -52,7 +51,7 @@ async def test_a_missing_file_is_made_with_its_directory_at_the_newest_schema(co
     path = tmp_path / "not" / "there" / "headwater.db"
     connection = await connect(path)
     await connection.execute("INSERT INTO capability VALUES ('u', 'm', 'c', 'streams', 1, 'seen', 1.5)")
-    assert look(path, "PRAGMA user_version") == [(len(STEPS),)]
+    assert look(path, "PRAGMA user_version") == [(len(MAIN),)]
     assert look(path, "PRAGMA journal_mode") == [("wal",)]
     assert look(path, "SELECT * FROM capability") == [("u", "m", "c", "streams", 1, "seen", 1.5)]
 
@@ -68,25 +67,27 @@ async def test_a_file_that_is_up_to_date_keeps_its_rows_and_a_second_connection_
         assert await cursor.fetchone() == (1,)
 
 
-@pytest.mark.parametrize("version", range(len(STEPS)))
+OLDER = [(steps, version) for steps in (MAIN, CACHE) for version in range(len(steps))]
+
+
+@pytest.mark.parametrize(("steps", "version"), OLDER)
 async def test_a_file_of_each_older_version_is_brought_up_to_date(
-    connect: Connect, tmp_path: Path, version: int
+    connect: Connect, tmp_path: Path, steps: tuple[str, ...], version: int
 ) -> None:
     path = tmp_path / "headwater.db"
-    steps = [statement for step in STEPS[:version] for statement in step.split(";")]
-    make(path, *steps, "CREATE TABLE somebody_elses (x)", f"PRAGMA user_version={version}")
-    await connect(path)
-    assert look(path, "PRAGMA user_version") == [(len(STEPS),)]
-    assert ("capability",) in look(path, "SELECT name FROM sqlite_master")
+    older = [statement for step in steps[:version] for statement in step.split(";")]
+    make(path, *older, "CREATE TABLE somebody_elses (x)", f"PRAGMA user_version={version}")
+    await connect(path, steps)
+    assert look(path, "PRAGMA user_version") == [(len(steps),)]
+    assert ("capability" if steps is MAIN else "answer",) in look(path, "SELECT name FROM sqlite_master")
     assert ("somebody_elses",) in look(path, "SELECT name FROM sqlite_master")
 
 
 async def test_a_file_of_a_newer_version_is_refused_and_left_alone(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "headwater.db"
-    make(path, "CREATE TABLE of_tomorrow (x)", f"PRAGMA user_version={len(STEPS) + 1}")
-    with pytest.raises(ConfigError, match="newer version") as caught:
+    make(path, "CREATE TABLE of_tomorrow (x)", f"PRAGMA user_version={len(MAIN) + 1}")
+    with pytest.raises(db.UnusableError, match=f"{path} was written by a newer version"):
         await connect(path)
-    assert caught.value.problems[0].startswith("store.path: ")
     assert look(path, "SELECT name FROM sqlite_master") == [("of_tomorrow",)]
 
 
@@ -95,17 +96,16 @@ async def test_what_is_no_database_is_refused_and_left_alone(connect: Connect, t
     garbage.write_bytes(b"not a database at all, but somebody's notes\n" * 100)
     before = garbage.read_bytes()
     for path in (garbage, tmp_path, garbage / "headwater.db"):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(db.UnusableError) as caught:
             await connect(path)
-        [problem] = caught.value.problems
-        assert problem.startswith(f"store.path: {path} cannot be ")
+        assert str(caught.value).startswith(f"{path} cannot be ")
     assert garbage.read_bytes() == before
 
 
 async def test_a_step_that_fails_leaves_the_file_as_it_was(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "headwater.db"
     make(path, "CREATE TABLE capability (of_somebody_else)")
-    with pytest.raises(ConfigError, match="cannot be used"):
+    with pytest.raises(db.UnusableError, match="cannot be used"):
         await connect(path)
     assert look(path, "PRAGMA user_version") == [(0,)]
     assert look(path, "SELECT name FROM sqlite_master") == [("capability",)]
