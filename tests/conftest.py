@@ -18,8 +18,9 @@ import aiohttp
 import pytest
 from hypothesis import settings
 
+from proxy.config import load
 from proxy.server.app import serving
-from proxy.settings import Settings, load
+from proxy.settings import Settings
 from tests.fakes.upstream import FakeUpstream
 
 # `make fuzz` runs the property tests with the deep profile, `make test` with the default one.
@@ -100,8 +101,12 @@ class Proxy:
 
 
 def make_settings(directory: Path, *upstreams: str, more: str = "", **sections: dict[str, Any]) -> Settings:
-    """Settings from a file in `directory`: one upstream for each URL, named up, up2, …; `more` is further TOML."""
+    """Settings from a file in `directory`: one upstream for each URL, named up, up2, …; `more` is further TOML.
+
+    Without a `cache` section nothing is cached: most tests ask the same question again, and want it asked of the upstream.
+    """
     lines = []
+    sections.setdefault("cache", {"exact": False, "semantic": False})
     sections.setdefault("server", {}).setdefault("log_format", "json")
     sections["server"].setdefault("port", 0)
     for section, values in sections.items():
@@ -151,6 +156,6 @@ async def start(tmp_path: Path, upstream: FakeUpstream) -> AsyncIterator[Start]:
 
 @pytest.fixture
 async def proxy(start: Callable[..., Any]) -> Proxy:
-    """A proxy with every setting at its default."""
+    """A proxy with every setting at its default, but for the cache, which is off."""
     started: Proxy = await start()
     return started

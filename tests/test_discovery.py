@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from proxy.config import load, with_upstreams
 from proxy.errors import ConfigError
-from proxy.settings import Settings, load, with_upstreams
+from proxy.settings import Settings
 from proxy.upstream import demo, discovery
 from proxy.upstream.discovery import PROVIDERS, from_url, in_environment, on_this_machine
 from tests.fakes.upstream import FakeUpstream

@@ -12,7 +12,9 @@ import pytest
 
 import proxy
 from proxy.__main__ import main
+from proxy.config import load
 from proxy.settings import (
+    CacheSettings,
     ModelSettings,
     ServerSettings,
     Settings,
@@ -20,7 +22,6 @@ from proxy.settings import (
     StreamingSettings,
     TargetSettings,
     UpstreamSettings,
-    load,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,12 @@ README = ROOT / "README.md"
 REFERENCE = ROOT / "config" / "headwater.toml"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
-TABLES: dict[str, type[Any]] = {"server": ServerSettings, "store": StoreSettings, "streaming": StreamingSettings}
+TABLES: dict[str, type[Any]] = {
+    "server": ServerSettings,
+    "store": StoreSettings,
+    "streaming": StreamingSettings,
+    "cache": CacheSettings,
+}
 LISTS: dict[str, type[Any]] = {"upstream": UpstreamSettings, "model": ModelSettings}
 
 # A commented-out setting or heading of a block. Prose never looks like either.

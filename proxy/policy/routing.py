@@ -12,9 +12,9 @@ from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, pairwise
 
-from proxy.chat import Route, Target
+from proxy.chat import CacheTier, Route, Target
 from proxy.errors import ClientError
-from proxy.settings import ModelSettings, Settings, StreamingSettings, matches
+from proxy.settings import CacheSettings, ModelSettings, Settings, StreamingSettings, matches
 
 _MAX_REMEMBERED = 4096
 
@@ -24,7 +24,8 @@ class Routes:
 
     def __init__(self, settings: Settings) -> None:
         self._streaming = settings.streaming
-        self._aliases = {model.name: _route(model, settings.streaming) for model in settings.model}
+        self._cache = settings.cache
+        self._aliases = {model.name: _route(model, settings.streaming, settings.cache) for model in settings.model}
         self._patterns = {upstream.name: upstream.models for upstream in settings.upstream}
         self._listed: dict[str, tuple[str, ...]] = {}
         self._remembered: dict[str, Route] = {}
@@ -67,7 +68,18 @@ class Routes:
         if model in self._aliases:
             return self._aliases[model]
         streaming = self._streaming
-        return Route((self._target(model),), (None,), {}, streaming.recovery, False, streaming.coalesce)
+        target = self._target(model)
+        return Route(
+            targets=(target,),
+            weights=(None,),
+            contexts={},
+            recovery=streaming.recovery,
+            delivers_whole=False,
+            coalesces=streaming.coalesce,
+            cache=_tier(self._cache),
+            cache_ttl_s=self._cache.ttl_s,
+            name=str(target),
+        )
 
     def _target(self, model: str) -> Target:
         """The one target behind a name that is no alias."""
@@ -96,7 +108,7 @@ class Routes:
         return list(names)
 
 
-def _route(model: ModelSettings, streaming: StreamingSettings) -> Route:
+def _route(model: ModelSettings, streaming: StreamingSettings, cache: CacheSettings) -> Route:
     targets = tuple(Target(*entry.target.split("/", 1)) for entry in model.targets)
     return Route(
         targets=targets,
@@ -109,7 +121,16 @@ def _route(model: ModelSettings, streaming: StreamingSettings) -> Route:
         recovery=streaming.recovery if model.recovery is None else model.recovery,
         delivers_whole=model.delivery == "whole",
         coalesces=streaming.coalesce if model.coalesce is None else model.coalesce,
+        cache=_tier(cache) if model.cache is None else model.cache,
+        cache_ttl_s=cache.ttl_s if model.cache_ttl_s is None else model.cache_ttl_s,
+        name=" ".join(map(str, targets)),
     )
+
+
+def _tier(cache: CacheSettings) -> CacheTier:
+    if not cache.exact:
+        return "off"
+    return "semantic" if cache.semantic else "exact"
 
 
 def draw(route: Route, luck: Callable[[], float]) -> tuple[Target, ...]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from proxy.config import with_upstreams
 from proxy.errors import UpstreamError
-from proxy.settings import UpstreamSettings, with_upstreams
+from proxy.settings import UpstreamSettings
 from proxy.upstream.endpoint import Endpoint
 from proxy.upstream.pool import Origin, Pool
 from proxy.upstream.tunnel import OutgoingProxy

@@ -8,17 +8,9 @@ from typing import Any
 import pytest
 
 from proxy.addresses import is_loopback, redact_url
+from proxy.config import load, with_server, with_upstreams, without_cache
 from proxy.errors import ConfigError
-from proxy.settings import (
-    ModelSettings,
-    Settings,
-    TargetSettings,
-    UpstreamSettings,
-    load,
-    matches,
-    with_server,
-    with_upstreams,
-)
+from proxy.settings import CacheSettings, ModelSettings, Settings, TargetSettings, UpstreamSettings, matches
 
 SECRET = "sk-very-secret-0123456789"
 UPSTREAM = '[[upstream]]\nname = "a"\nbase_url = "http://localhost:8000/v1"\n'
@@ -494,3 +486,67 @@ def test_a_pattern_is_a_name_with_stars(pattern: str, model: str, does_match: bo
 
 def test_a_url_is_shown_without_what_is_secret_in_it() -> None:
     assert redact_url(f"https://user:{SECRET}@x.example:8000/v1?key={SECRET}#{SECRET}") == "https://x.example:8000/v1"
+
+
+def test_the_cache_is_on_and_every_field_can_be_set(tmp_path: Path) -> None:
+    assert load(None, {}).cache == CacheSettings()
+    assert (CacheSettings().exact, CacheSettings().semantic, CacheSettings().embedder) == (True, True, "minilm")
+    text = """
+        [cache]
+        exact = true
+        semantic = false
+        ttl_s = 0
+        max_entries = 5
+        max_mb = 0.5
+        memory_mb = 0
+        max_temperature = 0
+        pace = 50
+        embedder = "upstream:a/text-small"
+        max_error_rate = 0
+        verify_rate = 1
+        lookup_budget_ms = 5
+        semantic_max_turns = 3
+        semantic_max_characters = 100
+        [[model]]
+        name = "m"
+        targets = ["a/b"]
+        cache = "semantic"
+        cache_ttl_s = 0
+    """
+    settings = loaded(tmp_path, text + UPSTREAM)
+    assert settings.cache == CacheSettings(True, False, 0, 5, 0.5, 0, 0, 50, "upstream:a/text-small", 0, 1, 5, 3, 100)
+    assert (settings.model[0].cache, settings.model[0].cache_ttl_s) == ("semantic", 0)
+    off = without_cache(settings)
+    assert (off.cache.exact, off.cache.semantic, off.model[0].cache, off.model[0].name) == (False, False, None, "m")
+    environ = {"HEADWATER_CACHE__PACE": "recorded", "HEADWATER_CACHE__SEMANTIC": "true", "HEADWATER_CACHE__TTL_S": "60"}
+    overridden = loaded(tmp_path, text + UPSTREAM, environ).cache
+    assert (overridden.pace, overridden.semantic, overridden.ttl_s) == ("recorded", True, 60)
+    assert loaded(tmp_path, text + UPSTREAM, {"HEADWATER_CACHE__PACE": "2.5"}).cache.pace == 2.5
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "words"),
+    [
+        *(
+            (f"{key} = {value}", key, "")
+            for key, value in [
+                ("ttl_s", "-1"), ("ttl_s", "inf"), ("max_entries", "0"), ("max_entries", "1.5"), ("max_mb", "0"),
+                ("memory_mb", "-1"), ("pace", "true"), ("pace", "[1]"),
+                ("max_temperature", "nan"), ("pace", "0"), ("pace", '"fast"'), ("max_error_rate", "0.6"), ("verify_rate", "2"),
+                ("lookup_budget_ms", "-1"), ("semantic_max_turns", "0"), ("semantic_max_characters", "0"), ("exact", '"perhaps"'),
+            ]
+        ),
+        ('pace = "fast"', "pace", 'must be "none", "recorded", or a number of pieces a second'),
+        ("exact = false", "semantic", "needs exact = true"),
+        ('embedder = "mini"', "embedder", "'mini' is no embedder: it is 'minilm', 'onnx:' and a file, or 'upstream:'"),
+        ('embedder = "onnx:"', "embedder", "'onnx:' is no embedder"),
+        ('embedder = "upstream:a"', "embedder", "'upstream:a' is no embedder"),
+        ('embedder = "upstream:aa/m"', "embedder", "no upstream is named 'aa'; did you mean a?"),
+        ("ttl = 5", "ttl", "unknown key; did you mean ttl_s?"),
+    ],
+)  # fmt: skip
+def test_what_a_cache_cannot_be_is_told(tmp_path: Path, line: str, key: str, words: str) -> None:
+    told = problems(tmp_path, f"[cache]\n{line}\n{UPSTREAM}")
+    assert all(problem.startswith("c.toml:") and f" cache.{key}: " in problem for problem in told)
+    assert words in told[0]
+    assert len(told) == 1
