@@ -1,13 +1,26 @@
-"""Tasks that are named, referenced and awaited: no task of ours is lost, and none fails unseen."""
+"""Tasks that are named, referenced and awaited: no task of ours is lost, and none fails unseen.
+
+And work that would hold up everybody else, done in a thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 _log = logging.getLogger(__name__)
+
+# Parsing, splitting or assembling so much JSON takes about 2 ms.
+LONG_WORK_BYTES = 64 * 1024
+
+
+async def off_loop(size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do CPU work on so many bytes here when it is short, in a thread when it is long."""
+    if size < LONG_WORK_BYTES:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
 
 
 class Tasks:
