@@ -21,11 +21,12 @@ import uvloop
 from proxy import __version__
 from proxy.addresses import redact_url
 from proxy.chat import Outcome
+from proxy.config import load, with_server, with_upstreams, without_cache
 from proxy.errors import ConfigError, ProxyError
 from proxy.probe import Finding, probe, targets
 from proxy.server.app import parts, serving
 from proxy.server.notify import keep_watchdog_quiet, notify
-from proxy.settings import Settings, UpstreamSettings, load, with_server, with_upstreams
+from proxy.settings import Settings, UpstreamSettings
 from proxy.upstream import demo
 from proxy.upstream.discovery import from_url, in_environment, on_this_machine
 from proxy.upstream.tls import TlsContexts
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--upstream", metavar="URL", help="the only upstream, instead of those in the config file")
     serve = commands.add_parser("serve", parents=[config], help="run the proxy")
     serve.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--no-cache", action="store_true", help="give no answer again, and keep none")
     serve.add_argument("--port", type=int, help="the port to listen on (default: 8100; 0: any free one)")
     commands.add_parser("check", parents=[config], help="report every problem in the settings, and start nothing")
     probing = commands.add_parser("probe", parents=[config], help="find out which models really stream")
@@ -84,6 +86,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         if not 0 <= changes.get("port", 0) <= 65_535:
             raise ConfigError(["--port: must be between 0 and 65535"])
         settings = with_server(settings, **changes)
+        if options.no_cache:
+            settings = without_cache(settings)
     return settings
 
 
@@ -175,7 +179,7 @@ async def _probe(options: argparse.Namespace, settings: Settings) -> int:
     def keep(outcome: Outcome) -> None:
         outcomes[outcome.call_id] = outcome
 
-    async with _with_upstreams(settings) as (complete, _), parts(complete, keep) as made:
+    async with _with_upstreams(settings) as (complete, _), parts(without_cache(complete), keep) as made:
         try:
             wanted = await targets(made, options.models)
         except ProxyError as error:

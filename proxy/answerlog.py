@@ -82,6 +82,7 @@ class AnswerLog:
         "_readers",
         "_source",
         "_stuck",
+        "ending",
         "failure",
         "headers",
         "is_closed",
@@ -101,6 +102,8 @@ class AnswerLog:
         self._source: Source | None = None
         self.segments: list[bytes] = []
         self.size = 0
+        self.ending = DONE
+        """What is said behind all events of an answer that is whole."""
         self.usage = b""
         """The event that says the usage, for those who asked for it; there at the end."""
         self.whole: bytes | None = None
@@ -164,7 +167,7 @@ class AnswerLog:
         """What a reader says behind the last segment: nothing, if the log failed."""
         if self.failure is not None:
             return []
-        return [self.usage, DONE] if wants_usage and self.usage else [DONE]
+        return [self.usage, self.ending] if wants_usage and self.usage else [self.ending]
 
     def count(self) -> int:
         """How many events the segments hold."""

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from proxy.answerlog import AnswerLog
-from proxy.chat import Call, Mode, Target, Usage
+from proxy.chat import Call, Lookup, Mode, Target, Usage
+
+ShareKey = Hashable
+"""What calls that may share an answer have in common: what is asked, and how it is to be delivered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +51,7 @@ class Answer:
     """
 
     call: Call
-    key: bytes | None
+    key: ShareKey | None
     log: AnswerLog
     id: str
     delivers_whole: bool
@@ -56,6 +59,10 @@ class Answer:
     wants_usage: bool
     wants_whole: bool
     """Whether anybody wants it as one body."""
+    head: dict[str, str] = field(default_factory=dict)
+    """The response headers that are known from the start."""
+    lookup: Lookup | None = None
+    """What is to be looked for in the cache, and kept there; None where nothing is."""
     task: asyncio.Task[None] | None = None
     seats: list[Seat] = field(default_factory=list)
     draft: AnswerLog | None = None
@@ -74,6 +81,10 @@ class Answer:
     is_whole: bool = False
     has_broken: bool = False
     """Whether it broke when clients had a part of it."""
+    is_mended: bool = False
+    """Whether something of it could not be read, and was left out."""
+    entry: int | None = None
+    """The cached answer that it is."""
     has_begun: bool = False
     is_given_up: bool = False
     is_stopping: bool = False
@@ -100,7 +111,7 @@ class Answers:
     def __init__(self, window_s: float, max_bytes: int) -> None:
         self.window_s = window_s
         self._max_bytes = max_bytes
-        self._asked: dict[bytes, Answer] = {}
+        self._asked: dict[ShareKey, Answer] = {}
         self._named: dict[tuple[str, str], Kept] = {}
         self._made: dict[Answer, Kept] = {}
         self._ended: dict[Kept, asyncio.TimerHandle] = {}
@@ -117,7 +128,7 @@ class Answers:
             while not self._name(answer, answer.id):
                 answer.id = f"{first_id}-{next(self._numbers)}"
 
-    def asked(self, key: bytes) -> Answer | None:
+    def asked(self, key: ShareKey) -> Answer | None:
         """The answer in flight to that very question."""
         return self._asked.get(key)
 

@@ -18,8 +18,8 @@ class InFlight:
     def __init__(self) -> None:
         self._work: dict[asyncio.Task[Any], Callable[[], None]] = {}
         self._loose_ends = 0
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
+        self._idle: asyncio.Future[None] | None = None
+        """Set when nothing is under way any more; there while somebody waits for that."""
 
     def __len__(self) -> int:
         """How much work there is."""
@@ -28,30 +28,34 @@ class InFlight:
     def enter(self, task: asyncio.Task[Any], on_stop: Callable[[], None]) -> None:
         """Work begins. `on_stop` is to end it, and is called at most once."""
         self._work[task] = on_stop
-        self._is_idle.clear()
 
     def leave(self, task: asyncio.Task[Any]) -> None:
         """It is over, whatever became of it."""
         self._work.pop(task, None)
-        self._note_idle()
+        if self._idle is not None:
+            self._note_idle(self._idle)
 
     def hold(self) -> None:
         """There is a loose end, until `release`."""
         self._loose_ends += 1
-        self._is_idle.clear()
 
     def release(self) -> None:
         self._loose_ends -= 1
-        self._note_idle()
+        if self._idle is not None:
+            self._note_idle(self._idle)
 
-    def _note_idle(self) -> None:
-        if not self._work and not self._loose_ends:
-            self._is_idle.set()
+    def _note_idle(self, idle: asyncio.Future[None]) -> None:
+        if not self._work and not self._loose_ends and not idle.done():
+            idle.set_result(None)
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until nothing is under way, for at most `timeout_s`."""
+        if not self._work and not self._loose_ends:
+            return
+        if self._idle is None or self._idle.done():
+            self._idle = asyncio.get_running_loop().create_future()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._is_idle.wait(), timeout_s)
+            await asyncio.wait_for(asyncio.shield(self._idle), timeout_s)
 
     def stop(self) -> None:
         """End all work."""

@@ -30,7 +30,9 @@ class Learning:
     async def plan(self, upstream: Upstream, key: Key, *, wants_stream: bool) -> Ask:
         """How to ask. A probe is to be told of by `announce`, whatever became of it; others wait for that a moment."""
         ask = self._plan_now(upstream, key, wants_stream=wants_stream)
-        if ask.is_probe and (verdict := self._verdicts.get(key)) is not None:
+        if not ask.is_probe:
+            return ask
+        if (verdict := self._verdicts.get(key)) is not None:
             await asyncio.wait((verdict,), timeout=_VERDICT_S)
             ask = self._plan_now(upstream, key, wants_stream=wants_stream)
         if ask.is_probe and key not in self._verdicts:

@@ -1,11 +1,12 @@
 """One call's journey. Read this file first, from top to bottom.
 
-    receive → plan (which targets) → look up (is that very answer in flight?) → produce → deliver (readers of a log) → settle
+    receive → plan (which targets) → look up (in flight? given before?) → produce → deliver (readers of a log) → settle, keep
 
 A face in `server/` has parsed the request and calls `Pipeline.start`. That finds the answer that another call asks for just
-now, or begins a new one: an `AnswerLog`, and a *producer task* that owns the upstream connection and fills the log
-(`producer.py`). The call gets a seat at the answer (`answers.py`), and the face reads the log: as a stream, or as one body.
-Forward only: nothing found later changes what was decided before.
+now, or begins a new one: an `AnswerLog`, and a *producer task* that fills the log, with an answer that was given before
+(`replay.py`) or with one from an upstream, whose connection it owns (`producer.py`). The call gets a seat at the answer
+(`answers.py`), and the face reads the log: as a stream, or as one body. Forward only: nothing found later changes what was
+decided before.
 
 Every call is settled exactly once, however it ends: with its answer (done, upstream error, shutdown), or when its client has
 left and others stay. An answer that all have left is given up.
@@ -14,29 +15,40 @@ left and others stay. An answer that all have left is given up.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import random
 from collections.abc import Callable
+from contextlib import suppress
 
-from proxy.answerlog import AnswerLog
-from proxy.answers import Answer, Answers, Seat
-from proxy.chat import Call, ChatRequest, Mode, Outcome, Status, Usage, Wishes
+from proxy.answerlog import AnswerLog, read_to_end
+from proxy.answers import Answer, Answers, Seat, ShareKey
+from proxy.chat import CacheTier, CacheWish, Call, ChatRequest, Lookup, Mode, Outcome, Status, Usage, Wishes
 from proxy.encoders import Encoders
 from proxy.errors import ClientError, OverloadedError, ProxyError
 from proxy.inflight import InFlight
 from proxy.learning import Learning
-from proxy.policy.cachekey import answer_key, headers_part
+from proxy.policy.cachekey import answer_key, headers_part, partition_key, question_of, scope_of
+from proxy.policy.guard import is_time_bound
 from proxy.policy.routing import Routes
 from proxy.producer import Producer
+from proxy.replay import Replays, completion_of, text_of
+from proxy.semcache.cache import AnswerCache, Hit
 from proxy.settings import Settings
 from proxy.store.capabilities import CapabilityStore
 from proxy.tasks import Tasks
 from proxy.upstream.circuits import Circuits
 from proxy.upstream.session import UpstreamSession
 from proxy.upstream.watch import Watch
+from proxy.wire.encoding import loads
 
 Report = Callable[[Outcome], None]
 
 _NO_WISHES = Wishes()
+
+# What the proxy asks for itself, to see whether a near match was right.
+_VERIFY = "verify"
+_MAX_VERIFYING = 2
+
+_TIERS: tuple[CacheTier, ...] = ("off", "exact", "semantic")
 
 
 class Pipeline:
@@ -50,11 +62,14 @@ class Pipeline:
         circuits: Circuits,
         capabilities: CapabilityStore,
         encoders: Encoders,
+        cache: AnswerCache,
         in_flight: InFlight,
         tasks: Tasks,
         report: Report,
     ) -> None:
         self._streaming = settings.streaming
+        self._caching = settings.cache
+        self.cache = cache
         self._routes = routes
         self._wheel = session.wheel
         self._in_flight = in_flight
@@ -68,6 +83,8 @@ class Pipeline:
         self.answers = Answers(settings.streaming.resume_window_s, max_kept_bytes)
         learning = Learning(settings.streaming, capabilities)
         self._producer = Producer(settings, session, circuits, learning, encoders, self.answers)
+        self._replays = Replays(cache, settings.cache, encoders, self.answers)
+        self._verifying = 0
 
     # ------------------------------------------------------------------ receive, plan, look up
 
@@ -78,53 +95,100 @@ class Pipeline:
         headers: tuple[tuple[str, str], ...] = (),
         caller: str = "",
         wishes: Wishes = _NO_WISHES,
+        purpose: str = "",
     ) -> Seat:
         """Begin a call. Its seat's log is to be read; one whose last reader leaves is given up.
 
         `headers` go on to the upstream; `caller` is whose answers it may share. ClientError when no upstream serves the
-        model.
+        model, or when it may only be answered from the cache, and nothing is looked up there.
         """
         route = self._routes.resolve(request.model)
-        call = Call(call_id, request, route, self._loop.time(), headers, caller)
+        call = Call(call_id, request, route, self._loop.time(), headers, caller, purpose)
         delivers_whole = route.delivers_whole if wishes.delivers_whole is None else wishes.delivers_whole
-        key = self._key(call, delivers_whole=delivers_whole) if route.coalesces and wishes.coalesces else None
-        answer = self.answers.asked(key) if key is not None else None
-        # Who wants a stream is not to wait for a whole body because somebody else does not mind.
-        if answer is None or (request.wants_stream and not answer.call.request.wants_stream):
-            answer = self._begin(call, key, delivers_whole=delivers_whole)
+        share, lookup = self._look(call, wishes, delivers_whole=delivers_whole)
+        answer = self._asked(share, request) if share is not None else None
+        if answer is None:
+            answer = self._begin(call, share, lookup, delivers_whole=delivers_whole)
         answer.wants_usage = answer.wants_usage or request.wants_usage
         answer.wants_whole = answer.wants_whole or not request.wants_stream
         seat = Seat(answer, call, self._left)
         answer.seats.append(seat)
         return seat
 
-    def _key(self, call: Call, *, delivers_whole: bool) -> bytes | None:
-        """What two calls have in common that can share an answer; None for one that shares none."""
-        request = call.request
+    def _asked(self, share: ShareKey, request: ChatRequest) -> Answer | None:
+        """The answer in flight that a request may share."""
+        answer = self.answers.asked(share)
+        if answer is None:
+            return None
+        # Who wants a stream is not to wait for a whole body because somebody else does not mind.
+        if request.wants_stream and not answer.call.request.wants_stream:
+            return None
+        # One from the cache may be said slowly, and who wants one body need not wait for that; or have been deleted meanwhile.
+        if answer.entry is not None and not (request.wants_stream and self.cache.store.is_live(answer.entry)):
+            return None
+        return answer
+
+    def lookup(
+        self, request: ChatRequest, headers: tuple[tuple[str, str], ...], caller: str, wishes: Wishes
+    ) -> Lookup | None:
+        """What such a call looks for in the cache; None where nothing. ClientError as from `start`."""
+        call = Call("", request, self._routes.resolve(request.model), self._loop.time(), headers, caller)
+        return self._look(call, wishes, delivers_whole=False)[1]
+
+    def _look(self, call: Call, wishes: Wishes, *, delivers_whole: bool) -> tuple[ShareKey | None, Lookup | None]:
+        """What two calls have in common that can share an answer in flight, and what one looks for in the cache; or None."""
+        request, route, wish = call.request, call.route, wishes.cache
         temperature = request.body.get("temperature")
         # https://platform.openai.com/docs/api-reference/chat/create: it is 1 where nothing is said.
         if not isinstance(temperature, int | float):
             temperature = 1
-        if temperature > self._streaming.coalesce_max_temperature:
-            return None
-        # Who may come back to an answer counts its events, so all that share it must have been told the same.
-        shares_usage = request.wants_usage if self.answers.window_s else None
-        manner = f"{delivers_whole} {request.wants_running_usage} {shares_usage}"
-        return answer_key(request.body, request.raw, call.caller, headers_part(call.forward_headers), manner)
+        shares = route.coalesces and wishes.coalesces and temperature <= self._streaming.coalesce_max_temperature
+        tier = route.cache if wish.tier is None else min(route.cache, wish.tier, key=_TIERS.index)
+        caches = tier != "off" and temperature <= self._caching.max_temperature and (wish.looks_up or wish.keeps)
+        if wish.only_if_cached and not (caches and wish.looks_up):
+            raise _not_cached()
+        if not (shares or caches):
+            return None, None
+        scope = scope_of(call.caller, wish.namespace)
+        others = (scope, headers_part(call.forward_headers), route.name)
+        key = answer_key(request.body, request.raw, *others)
+        share = lookup = None
+        if shares:
+            # Who may come back to an answer counts its events, so all that share it must have been told the same.
+            shares_usage = request.wants_usage if self.answers.window_s else None
+            share = (key, delivers_whole, request.wants_running_usage, shares_usage, wish)
+        if caches:
+            question = partition = None
+            if tier == "semantic" and self.cache.meaning.is_on:
+                question = question_of(
+                    request.body,
+                    max_turns=self._caching.semantic_max_turns,
+                    max_characters=self._caching.semantic_max_characters,
+                )
+                if question is not None and not is_time_bound(question):
+                    partition = partition_key(request.body, request.raw, *others)
+            lookup = Lookup(key, scope, wish, question if partition is not None and question else "", partition)
+        return share, lookup
 
-    def _begin(self, call: Call, key: bytes | None, *, delivers_whole: bool) -> Answer:
+    def _begin(self, call: Call, share: ShareKey | None, lookup: Lookup | None, *, delivers_whole: bool) -> Answer:
         log = AnswerLog(self._streaming.max_answer_bytes)
         answer = Answer(
             call,
-            key,
+            share,
             log,
             id=f"chatcmpl-{call.id}",
             delivers_whole=delivers_whole,
             wants_usage=False,
             wants_whole=False,
+            lookup=lookup,
         )
         self.answers.enter(answer)
-        log.headers = {"x-headwater-stream": answer.id}
+        answer.head["x-headwater-stream"] = answer.id
+        if lookup is not None and lookup.wish.looks_up:
+            answer.head["x-cache"] = "miss"
+        elif call.route.cache != "off":
+            answer.head["x-cache"] = "bypass"
+        log.headers = answer.head
         task = self._tasks.spawn(self._produce(answer), "answer")
         answer.task = task
         self._in_flight.enter(task, lambda: self._stop(answer))
@@ -158,7 +222,7 @@ class Pipeline:
                 raise asyncio.CancelledError
             with watch:
                 try:
-                    await self._producer.produce(answer, watch)
+                    await self._fill(answer, watch)
                 except asyncio.CancelledError:
                     watch.raise_if_expired()
                     raise
@@ -181,6 +245,21 @@ class Pipeline:
             if not log.is_closed:
                 log.fail(ProxyError(500, "internal_error", "The proxy failed."))
             self._end(answer, status, error)
+
+    async def _fill(self, answer: Answer, watch: Watch) -> None:
+        """Fill the log: with an answer that was given before, or with one from an upstream."""
+        lookup = answer.lookup
+        hit = await self.cache.find(lookup) if lookup is not None else None
+        if hit is None:
+            if lookup is not None and lookup.wish.only_if_cached:
+                raise _not_cached()
+            await self._producer.produce(answer, watch)
+            return
+        await self._replays.give(answer, hit)
+        if hit.kind == "semantic" and random.random() < self._caching.verify_rate:
+            assert lookup is not None
+            self._in_flight.hold()
+            self._tasks.spawn(self._verify(answer.call, lookup.wish, hit), "verify a near match")
 
     def _stop(self, answer: Answer) -> None:
         answer.is_stopping = True
@@ -218,7 +297,7 @@ class Pipeline:
         elif seat.call is None:
             answer.seats.remove(seat)
         elif any(other.call is not None for other in others):
-            outcome = self._outcome(seat, Status.CANCELLED, None, None)
+            outcome = self._outcome(seat, seat.call, Status.CANCELLED, None, None)
             answer.seats.remove(seat)
             self._settle(answer, [outcome])
 
@@ -228,20 +307,28 @@ class Pipeline:
         if answer.has_broken:
             self.saved += status in (Status.OK, Status.INCOMPLETE)
             self.lost += status is Status.UPSTREAM_ERROR
+        outcomes: list[Outcome] = []
         for seat in answer.seats:
             if seat.timer is not None:
                 seat.timer.cancel()
-        self._settle(answer, [self._outcome(seat, status, error, answer.usage) for seat in answer.seats if seat.call])
+            if seat.call is not None:
+                outcomes.append(self._outcome(seat, seat.call, status, error, answer.usage))
+        self._settle(answer, outcomes)
+        is_new = status is Status.OK and answer.entry is None and not answer.is_mended
+        if is_new and answer.lookup is not None and answer.lookup.wish.keeps:
+            self._in_flight.hold()
+            self._tasks.spawn(self._keep(answer), "keep an answer")
         # What refers to each other waits for the collector of garbage.
         answer.seats.clear()
         assert answer.task is not None
         self._in_flight.leave(answer.task)
         answer.task = None
 
-    def _outcome(self, seat: Seat, status: Status, error: ProxyError | None, usage: Usage | None) -> Outcome:
+    def _outcome(
+        self, seat: Seat, call: Call, status: Status, error: ProxyError | None, usage: Usage | None
+    ) -> Outcome:
         """What became of a call."""
-        answer, call = seat.answer, seat.call
-        assert call is not None
+        answer = seat.answer
         http_status = 200
         # Who wants one body gets its status with it, whatever a stream of the same answer has told already.
         if error is not None and not (answer.log.is_committed and call.request.wants_stream):
@@ -260,11 +347,13 @@ class Pipeline:
             duration_s=self._loop.time() - call.started,
             usage=usage,
             error=error.word if error is not None else None,
+            cache_entry=answer.entry,
+            purpose=call.purpose,
         )
 
     def _settle(self, answer: Answer, outcomes: list[Outcome]) -> None:
         """Report what became of some calls. Their tokens are counted first, where nobody told them."""
-        if any(outcome.usage is None for outcome in outcomes) and not answer.is_counted and answer.said:
+        if outcomes and outcomes[0].usage is None and not answer.is_counted and answer.said:
             said = answer.said if isinstance(answer.said, bytes) else answer.said.copy()
             self._in_flight.hold()
             self._tasks.spawn(self._report_counted(answer.call.request, said, outcomes), "count tokens")
@@ -279,5 +368,40 @@ class Pipeline:
             usage = await self._encoders.estimate(request.model, request, said)
         finally:
             for outcome in outcomes:
-                self._report(dataclasses.replace(outcome, usage=usage))
+                self._report(outcome._replace(usage=usage))
             self._in_flight.release()
+
+    # ------------------------------------------------------------------ keep, verify
+
+    async def _keep(self, answer: Answer) -> None:
+        try:
+            await self._replays.keep(answer, self._loop.time())
+        finally:
+            self._in_flight.release()
+
+    async def _verify(self, call: Call, wish: CacheWish, hit: Hit) -> None:
+        """See whether an answer to a question of the same meaning was right: ask this one too, and compare."""
+        self._verifying += 1
+        try:
+            if self._verifying > _MAX_VERIFYING:
+                return
+            # What is kept of it is for those who may have it: the same namespace, or nobody.
+            asking = Wishes(
+                coalesces=False, cache=CacheWish(False, wish.keeps, tier=wish.tier, namespace=wish.namespace)
+            )
+            with suppress(ProxyError):
+                seat = self.start(
+                    f"{call.id}-verify", call.request, call.forward_headers, call.caller, asking, purpose=_VERIFY
+                )
+                await read_to_end(seat.log, seat.leave)
+                if seat.answer.is_whole:
+                    given, other = loads(hit.entry.answer), await completion_of(seat.answer)
+                    await self.cache.learn(hit, text_of(given), text_of(other))
+        finally:
+            self._verifying -= 1
+            self._in_flight.release()
+
+
+def _not_cached() -> ClientError:
+    # RFC 9111 §5.2.1.7
+    return ClientError(504, "not_cached", "The answer is not in the cache, and Cache-Control says only-if-cached.")

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
 
 from proxy.answerlog import AnswerLog
 from proxy.answers import Answer, Answers
@@ -29,16 +28,17 @@ from proxy.policy.capabilities import Key, Topic
 from proxy.pump import Outlet, Pump, Unsaid
 from proxy.recovery import Recovery
 from proxy.settings import Settings
+from proxy.tasks import LONG_WORK_BYTES, off_loop
 from proxy.upstream.attempts import Attempts
 from proxy.upstream.circuits import Circuits
 from proxy.upstream.session import Reply, Upstream, UpstreamSession
 from proxy.upstream.watch import Watch
-from proxy.wire.chunks import assemble, fill_in, split
+from proxy.wire.chunks import assemble, fill_in, split, usage_event
 from proxy.wire.encoding import dumps, loads
 from proxy.wire.headers import header_value, informative_headers
 from proxy.wire.normal import Expected, Normalizer, read_usage, renaming
 from proxy.wire.splice import Diverged, said
-from proxy.wire.sse import EventTooLarge, data_event
+from proxy.wire.sse import EventTooLarge
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +47,6 @@ _COUNT_S = 1.0
 
 # How long the end of an answer waits for its usage, behind others that are counted. A megabyte takes a quarter of a second.
 _USAGE_S = 15.0
-
-# Bodies above this are split, assembled and parsed in a thread: 64 KiB are about 2 ms of work.
-_LONG_WORK_BYTES = 64 * 1024
 
 
 @dataclass(slots=True)
@@ -64,6 +61,11 @@ class _Job:
     """How to ask the targets that refused how they were asked, and what of it they refused."""
     convert: Callable[[bytes], bytes] | None = None
     """What the events of this attempt go through on their way to the clients."""
+
+
+@lru_cache(maxsize=1024)
+def _target_value(target: Target) -> str:
+    return header_value(str(target))
 
 
 def _ask_otherwise(ask: Ask, error: UpstreamError) -> tuple[Ask, Topic] | None:
@@ -139,7 +141,7 @@ class Producer:
                 answer.usage = None
             if answer.call.route.recovery == "off":
                 raise error
-            if not job.recovery.take(await self._off_loop(answer.log.size, said, answer.log.segments)):
+            if not job.recovery.take(await off_loop(answer.log.size, said, answer.log.segments)):
                 raise job.recovery.error
             budget_s = job.recovery.left_s
         else:
@@ -241,9 +243,9 @@ class Producer:
             job.recovery.begin(is_continuation=bool(ask.partial))
         if not answer.log.is_committed:
             answer.log.headers = {
-                "x-headwater-target": header_value(str(answer.target)),
+                **answer.head,
+                "x-headwater-target": _target_value(job.attempts.target),
                 "x-headwater-attempts": str(answer.attempts),
-                "x-headwater-stream": answer.log.headers["x-headwater-stream"],
                 **informative_headers(reply.headers),
             }
         match await reply.kind():
@@ -302,6 +304,7 @@ class Producer:
                 normalizer.malformed,
             )
         answer.is_whole = normalizer.has_finish
+        answer.is_mended = normalizer.malformed > 0
         self._answers.withdraw(answer)
         usage = await self._usage_event(job, ask, normalizer, last)
         await self._finish(job, last, usage if job.convert is None else job.convert(usage))
@@ -363,7 +366,8 @@ class Producer:
 
     def _name(self, answer: Answer, upstream_id: str) -> None:
         """Decide on the answer's id, which is told before anything of it."""
-        answer.log.headers["x-headwater-stream"] = header_value(self._answers.name(answer, upstream_id))
+        name = header_value(self._answers.name(answer, upstream_id))
+        answer.head["x-headwater-stream"] = answer.log.headers["x-headwater-stream"] = name
 
     def _secrets(self, key: Key) -> tuple[str, ...]:
         return self._session.upstreams[key.upstream].secrets
@@ -380,14 +384,15 @@ class Producer:
         )
 
     async def _usage_event(self, job: _Job, ask: Ask, normalizer: Normalizer, last: bytes) -> bytes:
-        """The event that says the usage, if anybody wants to know it."""
+        """The event that says the usage, if anybody wants to know it, or it is to be kept with the answer."""
         answer = job.answer
         if ask.partial and answer.usage is not None:
             answer.usage = _of_both_parts(answer.usage, ask)
             normalizer.replace_usage(answer.usage)
-        if not (answer.wants_usage or answer.wants_whole):
+        is_wanted = answer.wants_usage or answer.wants_whole
+        if not (is_wanted or answer.lookup is not None):
             return b""
-        if answer.usage is None:
+        if is_wanted and answer.usage is None:
             await self._count(answer, [*answer.said, last])
         return normalizer.usage_event(answer.usage)
 
@@ -395,13 +400,14 @@ class Producer:
         """The upstream sent one body: pass it on as it is, or make a stream of it for clients that want one."""
         answer, watch, log = job.answer, job.watch, job.answer.log
         request = answer.call.request
-        limit_s = self._streaming.whole_answer_timeout_s
-        watch.limit(limit_s, "whole_answer_timeout", f"The upstream's answer was not whole within {limit_s:g} s.")
-        self._limit_recovery(job, limit_s)
+        if not reply.is_complete:
+            limit_s = self._streaming.whole_answer_timeout_s
+            watch.limit(limit_s, "whole_answer_timeout", f"The upstream's answer was not whole within {limit_s:g} s.")
+            self._limit_recovery(job, limit_s)
         body = await reply.read_all(self._streaming.max_answer_bytes)
         watch.rest()
         try:
-            value = await self._off_loop(len(body), loads, body)
+            value = loads(body) if len(body) < LONG_WORK_BYTES else await asyncio.to_thread(loads, body)
         except ValueError:
             raise UpstreamError(502, "bad_upstream_answer", "The upstream answered 200 with malformed JSON.") from None
         if not isinstance(value, dict):
@@ -430,9 +436,8 @@ class Producer:
         if ask.partial and answer.usage is not None:
             answer.usage = _of_both_parts(answer.usage, ask)
             told = answer.usage.as_json()
-        answer.is_whole = bool(completion["choices"]) and all(
-            choice.get("finish_reason") is not None for choice in completion["choices"]
-        )
+        finishes = [choice.get("finish_reason") for choice in completion["choices"]]
+        answer.is_whole = bool(finishes) and None not in finishes
         if job.recovery is None:
             answer.first_at = self._now()
             if not log.is_committed:
@@ -445,9 +450,9 @@ class Producer:
         self._answers.withdraw(answer)
         stream = b""
         if request.wants_stream or self._answers.window_s:
-            stream = await self._off_loop(len(body), lambda: b"".join(split(completion)))
+            stream = await off_loop(len(body), lambda: b"".join(split(completion)))
         if job.recovery is not None:
-            stream = await self._off_loop(len(stream), job.recovery.feed, stream)
+            stream = await off_loop(len(stream), job.recovery.feed, stream)
             job.recovery.end()
         if answer.wants_usage and answer.usage is None:
             if not answer.delivers_whole:
@@ -457,9 +462,9 @@ class Producer:
                 stream = b""
             await self._count(answer, answer.said)
         usage = b""
-        if told or (told := answer.usage and answer.usage.as_json()):
-            chunk = {name: completion[name] for name in ("id", "created", "model")}
-            usage = data_event(dumps(chunk | {"object": "chat.completion.chunk", "choices": [], "usage": told}))
+        is_needed = answer.wants_usage or (answer.wants_whole and not answer.body)
+        if is_needed and (told or (told := answer.usage and answer.usage.as_json())):
+            usage = usage_event(completion, told)
             if job.recovery is not None:
                 usage = job.recovery.feed(usage)
         await self._finish(job, stream, usage)
@@ -476,7 +481,7 @@ class Producer:
                 log.put_whole(answer.body)
             else:
                 events = [*answer.said, last, usage]
-                log.put_whole(dumps(await self._off_loop(sum(map(len, events)), assemble, events)))
+                log.put_whole(dumps(await off_loop(sum(map(len, events)), assemble, events)))
         if answer.draft is not None:
             last = b"".join([*answer.draft.segments, last])
         # A stream that is too long to be kept is still a status now.
@@ -489,9 +494,3 @@ class Producer:
         with suppress(TimeoutError):
             async with asyncio.timeout(_USAGE_S):
                 answer.usage = await self._encoders.estimate(request.model, request, said)
-
-    async def _off_loop(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Do CPU work here when it is short, in a thread when it would hold up everybody else."""
-        if size < _LONG_WORK_BYTES:
-            return work(*arguments)
-        return await asyncio.to_thread(work, *arguments)

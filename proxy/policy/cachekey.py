@@ -11,7 +11,6 @@ and lone surrogates. Where it shows a sign of either, the body counts byte for b
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from operator import itemgetter
@@ -30,10 +29,13 @@ _NEUTRAL_MEMBERS = frozenset(
 # From here on a number may be an integer that was read as a double; a smaller integer never is.
 _WIDE = 2.0**63
 
-# What such a number has when it is written, in whichever way; texts may have it too.
-_MAY_BE_WIDE = re.compile(rb"[0-9](?:[eE][+0-9]|[0-9]{17})").search
+_REPLACED_CHARACTER = "\ufffd"
+_REPLACED = _REPLACED_CHARACTER.encode()
 
-_REPLACED = "\ufffd".encode()
+# What makes a request ask for more than a text, or for a text that depends on more than its messages.
+_MORE_THAN_TEXT = ("tools", "tool_choice", "functions", "function_call", "audio", "web_search_options", "prediction")
+_PLAIN_ROLES = frozenset(("system", "developer", "user", "assistant"))
+_MORE_THAN_CONTENT = ("tool_calls", "function_call", "tool_call_id", "audio", "refusal")
 
 _NEUTRAL_HEADERS = frozenset(
     (
@@ -87,14 +89,73 @@ def answer_key(body: Mapping[str, Any], raw: bytes, *scope: str) -> bytes:
         # Too deep, or a scope that holds a header's odd bytes. A tuple's repr begins like no JSON text.
         form = repr(scope).encode()
     else:
-        is_wide = _MAY_BE_WIDE(form) is not None and _has_wide_number(kept.values())
-        is_exact = not is_wide and (form.isascii() or _REPLACED not in form)
+        is_exact = (form.isascii() or _REPLACED not in form) and not _has_wide_number(kept.values())
     digest = hashlib.blake2b(form, digest_size=_KEY_BYTES)
     if not is_exact:
         # Neither form holds a NUL: this one ends it.
         digest.update(b"\0")
         digest.update(raw)
     return digest.digest()
+
+
+@lru_cache(maxsize=1024)
+def scope_of(caller: str, namespace: str) -> str:
+    """A digest of whose answers may be shared, which tells nobody who that is."""
+    form = f"{len(namespace)} {namespace}{caller}".encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(form, digest_size=_KEY_BYTES).hexdigest()
+
+
+def question_of(body: Mapping[str, Any], *, max_turns: int, max_characters: int) -> str | None:
+    """The last user text of a chat request, where it alone may be compared by meaning; None where it may not.
+
+    It may in a plain request for one text: nothing but text in its messages, one choice, no tools, no sound, no search,
+    no answer begun; a text that is neither empty nor longer than `max_characters`, and of which reading lost nothing; and
+    no more than `max_turns` user messages, because what a later one means is in those before it.
+    """
+    if any(body.get(name) for name in _MORE_THAN_TEXT) or body.get("n") not in (None, 1):
+        return None
+    if body.get("modalities") not in (None, ["text"]):
+        return None
+    messages = body["messages"]
+    if messages[-1]["role"] != "user" or sum(message["role"] == "user" for message in messages) > max_turns:
+        return None
+    text: str | None = None
+    for message in messages:
+        text = _text_of(message)
+        if text is None:
+            return None
+    if text is None or not text.strip() or len(text) > max_characters or _REPLACED_CHARACTER in text:
+        return None
+    return text
+
+
+def partition_key(body: Mapping[str, Any], raw: bytes, *scope: str) -> bytes:
+    """A digest (16 bytes) of all of a request that has a `question_of` but that text: see `answer_key`.
+
+    Two such requests with one partition differ in that question only.
+    """
+    *before, last = body["messages"]
+    content = last["content"]
+    # Of a text in parts, how many there are and what else they hold.
+    rest = [{**part, "text": None} for part in content] if isinstance(content, list) else None
+    return answer_key({**body, "messages": [*before, {**last, "content": rest}]}, raw, "by meaning", *scope)
+
+
+def _text_of(message: Mapping[str, Any]) -> str | None:
+    """The text of a message that holds text and nothing else; None for any other."""
+    if message["role"] not in _PLAIN_ROLES or any(message.get(name) for name in _MORE_THAN_CONTENT):
+        return None
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts: list[str] = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def _has_wide_number(values: Iterable[Any]) -> bool:

@@ -94,12 +94,13 @@ def _text_line(outcome: Outcome) -> str:
     usage = outcome.usage
     tokens = "-" if usage is None else f"{'~' if usage.estimated else ''}{usage.prompt}+{usage.completion}"
     error = f" error={_quoted(outcome.error)}" if outcome.error else ""
+    purpose = f" purpose={outcome.purpose}" if outcome.purpose else ""
     target = outcome.target
     return (
         f"{_now()} call {outcome.call_id} model={_quoted(outcome.model)} "
         f"target={'-' if target is None else _quoted(str(target))} "
         f"mode={outcome.mode} status={outcome.status} http={outcome.http_status} attempts={outcome.attempts} "
-        f"ttft_ms={ttft} duration_ms={int(outcome.duration_s * 1000 + 0.5)} tokens={tokens}{error}\n"
+        f"ttft_ms={ttft} duration_ms={int(outcome.duration_s * 1000 + 0.5)} tokens={tokens}{error}{purpose}\n"
     )
 
 
@@ -128,4 +129,6 @@ def _json_line(outcome: Outcome) -> str:
         "estimated": None if usage is None else usage.estimated,
         "error": outcome.error,
     }
+    if outcome.purpose:
+        line["purpose"] = outcome.purpose
     return dumps(line).decode() + "\n"

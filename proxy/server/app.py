@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,19 +18,22 @@ from proxy.inflight import InFlight
 from proxy.passing import Passing
 from proxy.pipeline import Pipeline
 from proxy.policy.routing import Routes
-from proxy.server import admin, metrics, openai, streams
+from proxy.semcache.cache import AnswerCache, opened
+from proxy.server import admin, cached, metrics, openai, streams
 from proxy.server.accesslog import AccessLog
 from proxy.server.connection import Runner
 from proxy.server.door import Door
 from proxy.server.middleware import around, before_head
 from proxy.server.state import STATE, State
 from proxy.settings import Settings
-from proxy.store import db
+from proxy.store import db, migrations
 from proxy.store.capabilities import CapabilityStore
 from proxy.tasks import Tasks
 from proxy.upstream.circuits import Circuits
 from proxy.upstream.listing import Listing
 from proxy.upstream.session import UpstreamSession
+
+_log = logging.getLogger(__name__)
 
 _REFRESH_EVERY_S = 5.0
 _LAST_WORDS_S = 1.0
@@ -58,7 +62,10 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
     """Open everything that calls need, and close it again. ConfigError when the database cannot be used."""
     tasks = Tasks()
     in_flight = InFlight()
-    connection = await db.connect(settings.store.path)
+    try:
+        connection = await db.connect(settings.store.path, migrations.MAIN)
+    except db.UnusableError as error:
+        raise ConfigError([f"store.path: {error}"]) from None
     try:
         capabilities = await CapabilityStore.open(connection, tasks)
         session = UpstreamSession(settings)
@@ -69,18 +76,42 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
                 streaming.circuit_failures, streaming.circuit_cooldown_s, asyncio.get_running_loop().time
             )
             routes = Routes(settings)
-            pipeline = Pipeline(settings, routes, session, circuits, capabilities, encoders, in_flight, tasks, report)
             passing = Passing(settings, session, in_flight, report)
             listing = Listing(session, routes)
-            yield Parts(routes, session, pipeline, passing, in_flight, circuits, capabilities, listing, tasks)
+            async with (
+                _answers(settings) as (answers, problem),
+                opened(settings, answers, session, tasks, problem) as cache,
+            ):
+                pipeline = Pipeline(
+                    settings, routes, session, circuits, capabilities, encoders, cache, in_flight, tasks, report
+                )
+                try:
+                    yield Parts(routes, session, pipeline, passing, in_flight, circuits, capabilities, listing, tasks)
+                finally:
+                    in_flight.stop()
+                    await in_flight.drained(_LAST_REPORTS_S)
+                    pipeline.answers.close()
         finally:
-            in_flight.stop()
-            await in_flight.drained(_LAST_REPORTS_S)
-            pipeline.answers.close()
             await capabilities.close()
             await tasks.close()
             await session.close()
             await encoders.close()
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def _answers(settings: Settings) -> AsyncIterator[tuple[db.Connection, str | None]]:
+    """The database of cached answers. Where it cannot be used, an empty one that nobody sees again, and why; calls go on."""
+    path, problem = settings.store.cache_path if settings.cache_tiers else db.NOWHERE, None
+    try:
+        connection = await db.connect(path, migrations.CACHE)
+    except db.UnusableError as error:
+        problem = str(error)
+        _log.error("no answers are cached until the proxy is started again: %s", problem)
+        connection = await db.connect(db.NOWHERE, migrations.CACHE)
+    try:
+        yield connection, problem
     finally:
         await connection.close()
 
@@ -132,7 +163,7 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
                 except OSError as error:
                     words = f"server.port: {server.host}:{server.port} cannot be listened on: {error.strerror}"
                     raise ConfigError([words]) from None
-                made.tasks.spawn(_keep_fresh(made.capabilities), "refresh capabilities")
+                made.tasks.spawn(_keep_fresh(made.capabilities, made.pipeline.cache), "refresh")
                 made.tasks.spawn(made.listing.refresh(), "list models")
                 yield int(runner.addresses[0][1])
                 state.is_draining = True
@@ -162,13 +193,21 @@ def make_app(state: State) -> web.Application:
             web.get("/admin/targets", admin.list_targets),
             web.get("/admin/capabilities", admin.list_capabilities),
             web.delete("/admin/capabilities/{upstream}/{model:.+}", admin.forget_capability),
+            web.get("/admin/cache", cached.figures),
+            web.delete("/admin/cache", cached.delete_many),
+            web.get("/admin/cache/entries", cached.list_entries),
+            web.get("/admin/cache/entries/{id}", cached.get_entry),
+            web.delete("/admin/cache/entries/{id}", cached.delete_entry),
+            web.post("/admin/cache/explain", cached.explain),
             web.route("*", "/v1/{rest:.+}", openai.pass_on),
         ]
     )
     return app
 
 
-async def _keep_fresh(capabilities: CapabilityStore) -> None:
+async def _keep_fresh(capabilities: CapabilityStore, cache: AnswerCache) -> None:
     while True:
         await asyncio.sleep(_REFRESH_EVERY_S)
         await capabilities.refresh()
+        await cache.refresh()
+        await cache.store.sweep()

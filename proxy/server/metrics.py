@@ -59,6 +59,11 @@ class _Reading:
     resumable_answers: int
     resumable_bytes: int
     connections: list[tuple[str, int, int]]
+    lookups: Mapping[str, int]
+    verified: Mapping[str, int]
+    cached_answers: int
+    cached_bytes: int
+    indexed_questions: int
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
@@ -84,6 +89,24 @@ class _Reading:
             connections.add_metric((upstream, "active"), active)
             connections.add_metric((upstream, "idle"), idle)
         yield connections
+        yield from self._of_the_cache()
+
+    def _of_the_cache(self) -> Iterator[Metric]:
+        lookups = CounterMetricFamily(
+            "headwater_cache_lookups", "Answers looked for in the cache.", labels=("outcome",)
+        )
+        for outcome, count in self.lookups.items():
+            lookups.add_metric((outcome,), count)
+        yield lookups
+        words = "Answers given for a question alike in meaning, and then compared with one of its own."
+        verified = CounterMetricFamily("headwater_cache_verifications", words, labels=("outcome",))
+        for outcome, count in self.verified.items():
+            verified.add_metric((outcome,), count)
+        yield verified
+        yield GaugeMetricFamily("headwater_cache_answers", "Answers in the cache.", self.cached_answers)
+        yield GaugeMetricFamily("headwater_cache_bytes", "What these answers take on disk.", self.cached_bytes)
+        words = "Questions that can be found by their meaning."
+        yield GaugeMetricFamily("headwater_cache_indexed_questions", words, self.indexed_questions)
 
     def _of_targets(self) -> Iterator[Metric]:
         labels = ("upstream", "model")
@@ -120,6 +143,8 @@ class Metrics:
         """What there is now, for an encoder: that may take its time in a thread, for nothing in it changes any more."""
         pipeline = self._pipeline
         resumable_answers, resumable_bytes = pipeline.answers.kept()
+        cache = pipeline.cache
+        found = cache.figures
         registry = CollectorRegistry()
         registry.register(
             _Reading(
@@ -131,6 +156,11 @@ class Metrics:
                 resumable_answers=resumable_answers,
                 resumable_bytes=resumable_bytes,
                 connections=list(self._session.connections()),
+                lookups={"exact": found.exact_hits, "semantic": found.semantic_hits, "miss": found.misses},
+                verified={"right": found.verified_right, "wrong": found.verified_wrong},
+                cached_answers=cache.store.count,
+                cached_bytes=cache.store.bytes,
+                indexed_questions=cache.meaning.indexed,
             )
         )
         registry.register(self._process)

@@ -51,10 +51,10 @@ class Exchange:
         "_error",
         "_held",
         "_held_bytes",
-        "_is_complete",
         "_unpacker",
         "_waiter",
         "headers",
+        "is_complete",
         "status",
     )
 
@@ -65,7 +65,8 @@ class Exchange:
         self._held_bytes = 0
         self._unpacker: Unpacker | None = None
         self._error: UpstreamError | None = None
-        self._is_complete = False
+        self.is_complete = False
+        """Whether all of the body has come, and nothing was wrong with it."""
         self.status = 0
         self.headers: CIMultiDict[str] = CIMultiDict()
 
@@ -90,7 +91,7 @@ class Exchange:
                 if not self._held:
                     self._connection.resume_reading()
                 return data
-            if self._is_complete:
+            if self.is_complete:
                 return b""
             if self._error is not None:
                 raise self._error
@@ -98,7 +99,7 @@ class Exchange:
 
     def whole_body(self) -> bytes | None:
         """The rest of the body, if all of it has come."""
-        if not self._is_complete:
+        if not self.is_complete:
             return None
         body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
         self._held.clear()
@@ -112,7 +113,7 @@ class Exchange:
                 return
         self._held_bytes = 0
         self._connection.resume_reading()
-        if self._is_complete:
+        if self.is_complete:
             return
         if self._error is not None:
             raise self._error
@@ -133,7 +134,7 @@ class Exchange:
         self._connection.resume_reading()
 
     def close(self) -> None:
-        self._connection.leave(self, is_reusable=self._is_complete and not self._held)
+        self._connection.leave(self, is_reusable=self.is_complete and not self._held)
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -175,11 +176,11 @@ class Exchange:
             except CodingError as error:
                 self.on_error(str(error))
         if self._error is None:
-            self._is_complete = True
+            self.is_complete = True
         self._wake()
 
     def on_error(self, words: str) -> None:
-        if self._error is None and not self._is_complete:
+        if self._error is None and not self.is_complete:
             self._error = UpstreamError(502, "upstream_broke", words)
         self._wake()
 

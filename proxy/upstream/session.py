@@ -150,23 +150,25 @@ class Reply:
         self._watch.touch()
         self._watch.is_paused = False
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the body is here, and nothing more is to be waited for."""
+        return self._exchange.is_complete
+
     async def read_all(self, max_bytes: int) -> bytes:
         """The rest of the body. UpstreamError past `max_bytes`."""
+        if self._first is None and (body := self._exchange.whole_body()) is not None:
+            if len(body) > max_bytes:
+                raise _too_long(max_bytes)
+            return body
         parts: list[bytes] = []
         size = 0
-        while part := await self._read_much():
+        while part := await self.read():
             size += len(part)
             if size > max_bytes:
-                words = f"The answer is longer than {max_bytes} bytes."
-                raise UpstreamError(502, "answer_too_large", words, trouble=Trouble.FINAL)
+                raise _too_long(max_bytes)
             parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    async def _read_much(self) -> bytes:
-        """All the rest, if it has come already; else the next bytes."""
-        if self._first is None and (body := self._exchange.whole_body()) is not None:
-            return body
-        return await self.read()
+        return b"".join(parts)
 
     async def deliver(self, consumer: Consumer) -> None:
         """Feed every read to `consumer` as it comes, until the body ends or `feed` returns False."""
@@ -295,6 +297,11 @@ class UpstreamSession:
         self.wheel.close()
         for pool in self._pools.values():
             pool.close()
+
+
+def _too_long(max_bytes: int) -> UpstreamError:
+    words = f"The answer is longer than {max_bytes} bytes."
+    return UpstreamError(502, "answer_too_large", words, trouble=Trouble.FINAL)
 
 
 def _lines(headers: Iterable[tuple[str, str]]) -> bytes:

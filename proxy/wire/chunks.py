@@ -8,7 +8,7 @@ a message beside its role, those of a choice beside its finish reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import regex
@@ -74,6 +74,12 @@ def split(completion: dict[str, Any]) -> Iterator[bytes]:
         yield event({"index": index, "delta": {}, "finish_reason": choice.get("finish_reason"), **closing})
 
 
+def usage_event(completion: Mapping[str, Any], usage: dict[str, Any]) -> bytes:
+    """The event that says a completion's usage, behind those of `split`."""
+    base = {name: completion[name] for name in ("id", "created", "model")}
+    return data_event(dumps(base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}))
+
+
 def _call_deltas(position: int, call: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A tool call's head (id, name), then its arguments."""
     function = call.get("function")
@@ -99,6 +105,9 @@ def fill_in(completion: dict[str, Any], *, fallback_id: str, created: int, model
             raise ValueError(f"choice {position} is no object")
         index = choice.get("index")
         message = choice.get("message")
+        if type(index) is int and isinstance(message, dict) and message.get("role"):
+            filled.append(choice)
+            continue
         if not isinstance(message, dict):
             message = {"content": choice.get("text")}
         filled.append(

@@ -115,8 +115,10 @@ def _is_informative(name: str) -> bool:
 
 def header_lines(headers: Mapping[str, str]) -> bytes:
     """The headers as they stand in a message's head. A value that holds a line end or a NUL is left out."""
-    lines = [f"{name}: {value}\r\n" for name, value in headers.items() if not _UNSAFE(value)]
-    return "".join(lines).encode("utf-8", "surrogateescape")
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items() if not _UNSAFE(value)])
+    return lines.encode("utf-8", "surrogateescape")
 
 
 def header_value(text: str) -> str:

@@ -6,10 +6,11 @@ nothing in a body is given a default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from proxy.chat import ChatRequest, Parsed, Wishes
+from multidict import MultiMapping
+
+from proxy.chat import NO_CACHE_WISH, CacheTier, CacheWish, ChatRequest, Parsed, Wishes
 from proxy.errors import ClientError
 from proxy.wire.encoding import loads
 
@@ -17,7 +18,12 @@ MAX_CHOICES = 128
 
 _COALESCE = "x-headwater-coalesce"
 _DELIVERY = "x-headwater-delivery"
+_CACHE = "x-headwater-cache"
+_NAMESPACE = "x-headwater-namespace"
 _NO_WISHES = Wishes()
+_TIERS: tuple[CacheTier, ...] = ("semantic", "exact", "off")
+_MAX_NAMESPACE = 128
+_MAX_DIGITS = 15
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -73,18 +79,55 @@ def parse_chat_request(raw: bytes) -> ChatRequest:
     )
 
 
-def parse_wishes(headers: Mapping[str, str]) -> Wishes:
-    """What the `x-headwater-…` headers ask for: `coalesce: yes | no`, `delivery: whole | stream`, in any case.
+def parse_wishes(headers: MultiMapping[str]) -> Wishes:
+    """What the `x-headwater-…` headers ask for: `coalesce: yes | no`, `delivery: whole | stream`,
+    `cache: semantic | exact | off`, in any case, and `namespace`; and what `Cache-Control` says to a cache.
 
-    `headers` finds names in any case. ClientError 400 names the header in `param` when it says something else.
+    `headers` finds names in any case. ClientError 400 names the header in `param` when one of ours says something else.
     """
     coalesce, delivery = headers.get(_COALESCE), headers.get(_DELIVERY)
-    if coalesce is None and delivery is None:
+    cache = _cache_wish(headers)
+    if coalesce is None and delivery is None and cache is NO_CACHE_WISH:
         return _NO_WISHES
     return Wishes(
         coalesces=coalesce is None or _choice(_COALESCE, coalesce, "yes", "no"),
         delivers_whole=None if delivery is None else _choice(_DELIVERY, delivery, "whole", "stream"),
+        cache=cache,
     )
+
+
+def _cache_wish(headers: MultiMapping[str]) -> CacheWish:
+    tier, namespace = headers.get(_CACHE), headers.get(_NAMESPACE)
+    if tier is None and namespace is None and "Cache-Control" not in headers:
+        return NO_CACHE_WISH
+    if tier is not None and (tier := tier.strip().lower()) not in _TIERS:
+        raise _wrong(_CACHE, "must be 'semantic', 'exact' or 'off'", "invalid_value")
+    if namespace is not None and not (len(namespace) <= _MAX_NAMESPACE and namespace.isprintable()):
+        raise _wrong(_NAMESPACE, f"must be a name of at most {_MAX_NAMESPACE} printable characters", "invalid_value")
+    # Several lines of it are one list (RFC 9110 §5.3).
+    directives = _directives(",".join(headers.getall("Cache-Control", [])))
+    return CacheWish(
+        looks_up="no-cache" not in directives,
+        keeps="no-store" not in directives,
+        max_age_s=_delta_seconds(directives["max-age"]) if "max-age" in directives else None,
+        only_if_cached="only-if-cached" in directives,
+        tier=next((known for known in _TIERS if known == tier), None),
+        namespace=namespace or "",
+    )
+
+
+def _directives(control: str) -> dict[str, str]:
+    """The directives of a `Cache-Control` (RFC 9111 §5.2), each with its argument; those that nobody knows are passed over."""
+    found: dict[str, str] = {}
+    for part in control.split(","):
+        name, _, argument = part.partition("=")
+        found.setdefault(name.strip().lower(), argument.strip().strip('"'))
+    return found
+
+
+def _delta_seconds(text: str) -> float:
+    """A number of seconds (RFC 9111 §1.2.2). Where it is none, the stored answer counts as stale (§4.2.1): 0."""
+    return float(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else 0.0
 
 
 def _choice(header: str, value: str, this: str, that: str) -> bool:

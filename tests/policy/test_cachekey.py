@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.policy.cachekey import answer_key, headers_part, neutral_header
+from proxy.policy.cachekey import answer_key, headers_part, neutral_header, partition_key, question_of, scope_of
 from proxy.wire.encoding import loads
 from tests.conftest import examples
 
@@ -168,3 +168,143 @@ def test_headers_count_by_name_and_value(
 @pytest.mark.parametrize("headers", [(), (("traceparent", "00-1"),)])
 def test_no_header_that_counts_is_no_part(headers: tuple[tuple[str, str], ...]) -> None:
     assert headers_part(headers) == ""
+
+
+# ---------------------------------------------------------------------- by meaning
+
+ASKED: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "What is it?"}]}
+HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *ASKED["messages"]]
+
+
+def question(body: Any, max_turns: int = 1, max_characters: int = 20) -> str | None:
+    return question_of(loads(json.dumps(body).encode()), max_turns=max_turns, max_characters=max_characters)
+
+
+def said(content: Any, **members: Any) -> dict[str, Any]:
+    return ASKED | {"messages": [{"role": "user", "content": content, **members}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (ASKED, "What is it?"),
+        (ASKED | {"n": 1, "tools": [], "tool_choice": None, "modalities": ["text"], "stream": True}, "What is it?"),
+        (said([{"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]), "What\nis it?"),
+        (said("x" * 20), "x" * 20),
+        (said("Hi", tool_calls=[], name="ann"), "Hi"),
+        (ASKED | {"messages": [{"role": "system", "content": "s"}, *ASKED["messages"]]}, "What is it?"),
+        *((said(content), None) for content in ("", " \n", "x" * 21, None, [], "cut \ud83d", [{"type": "text"}], ["Hi"])),
+        (said([{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": "u"}}]), None),
+        (said([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]), None),
+        *(
+            (ASKED | {name: value}, None)
+            for name, value in {
+                "n": 2,
+                "tools": [{"type": "function"}],
+                "tool_choice": "auto",
+                "functions": [{"name": "f"}],
+                "function_call": "auto",
+                "audio": {"voice": "v"},
+                "modalities": ["text", "audio"],
+                "web_search_options": {"x": 1},
+                "prediction": {"type": "content", "content": "x"},
+            }.items()
+        ),
+        (ASKED | {"messages": [*ASKED["messages"], {"role": "assistant", "content": "It"}]}, None),
+        (ASKED | {"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}, *ASKED["messages"]]}, None),
+        (ASKED | {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "c"}]}, *ASKED["messages"]]}, None),
+        (ASKED | {"messages": [{"role": "assistant", "content": None, "refusal": "no"}, *ASKED["messages"]]}, None),
+        (ASKED | {"messages": HISTORY}, None),
+    ],
+)  # fmt: skip
+def test_which_requests_may_be_compared_by_meaning(body: Any, expected: str | None) -> None:
+    assert question(body) == expected
+
+
+def test_more_turns_may_be_allowed() -> None:
+    assert question(ASKED | {"messages": HISTORY}, max_turns=2) == "What is it?"
+
+
+CONTENTS = TEXT | st.lists(
+    st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}, optional={"x": LEAVES}), max_size=2
+)
+ASKABLE = st.fixed_dictionaries(
+    {
+        "model": TEXT,
+        "messages": st.lists(
+            st.fixed_dictionaries(
+                {"role": st.sampled_from(["user", "assistant", "system"]), "content": CONTENTS}, optional={"name": TEXT}
+            ),
+            min_size=1,
+            max_size=3,
+        ),
+    },
+    optional={"temperature": LEAVES, "response_format": PRESENT, "seed": PRESENT, "": PRESENT},
+)
+
+
+def but_the_question(body: Any) -> str:
+    """All of a body but the texts of its last message."""
+    *before, last = body["messages"]
+    content = last["content"]
+    rest = [{**part, "text": ""} for part in content] if isinstance(content, list) else ""
+    return json.dumps({**body, "messages": [*before, {**last, "content": rest}]}, sort_keys=True)
+
+
+@given(ASKABLE, st.data())
+@examples(200)
+def test_those_with_one_partition_differ_in_their_questions_only(body: Any, data: st.DataObject) -> None:
+    other = json.loads(json.dumps(body))
+    holder, name = data.draw(st.sampled_from(places(other)))
+    holder[name] = data.draw(PRESENT.filter(lambda value: name != "n" or value != 1))
+    if not isinstance(other["messages"], list) or None in (question(body, 3, 99), _question_if_well_formed(other)):
+        return
+    keys = [partition_key(value, json.dumps(value).encode(), "scope") for value in (body, other)]
+    assert (keys[0] == keys[1]) == (but_the_question(body) == but_the_question(other))
+
+
+def _question_if_well_formed(body: Any) -> str | None:
+    """As for a request that was checked (wire/requests.py)."""
+    messages = body["messages"]
+    if not messages or not all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str | list | None)
+        for message in messages
+    ):
+        return None
+    return question(body, 3, 99)
+
+
+def test_the_partition_is_that_of_all_but_the_question() -> None:
+    def partition(body: Any, *scope: str) -> bytes:
+        return partition_key(body, json.dumps(body).encode(), *scope)
+
+    plain = partition(ASKED)
+    assert plain == partition(said("Something else")) == partition(ASKED | {"stream": True, "user": "u"})
+    others = [
+        partition(ASKED, "scope"),
+        partition(said("What is it?", name="ann")),
+        partition(said([{"type": "text", "text": "What is it?"}])),
+        partition(said([{"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}])),
+        partition(said([{"type": "text", "text": "What is it?", "cache_control": {"type": "ephemeral"}}])),
+        partition(ASKED | {"temperature": 0}),
+        partition(ASKED | {"messages": HISTORY}),
+        answer_key(ASKED, json.dumps(ASKED).encode()),
+    ]
+    assert len({plain, *others}) == 1 + len(others)
+    assert len(plain) == 16
+
+
+@given(st.lists(st.tuples(TEXT | st.just("1 a"), TEXT | st.just("1 a")), min_size=2, max_size=2, unique=True))
+@examples(100)
+@example([("a", "b"), ("", "ba")])
+@example([("2 a", "1"), ("2 a", "11")])
+def test_a_scope_is_one_callers_in_one_namespace(pairs: list[tuple[str, str]]) -> None:
+    one, other = (scope_of(caller, namespace) for caller, namespace in pairs)
+    assert one != other
+    assert all(word not in one for word in pairs[0] if len(word) > 8)
+
+
+def test_a_scope_may_hold_any_bytes_of_a_header() -> None:
+    assert scope_of("Authorization: \udcff", "") != scope_of("Authorization: ?", "")

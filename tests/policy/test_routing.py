@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proxy.chat import Route, Target
 from proxy.errors import ClientError
 from proxy.policy.routing import Routes, draw
-from proxy.settings import ModelSettings, Settings, StreamingSettings, TargetSettings, UpstreamSettings
+from proxy.settings import CacheSettings, ModelSettings, Settings, StreamingSettings, TargetSettings, UpstreamSettings
 from tests.conftest import examples
 
 
@@ -71,17 +71,18 @@ def test_a_route_says_what_its_model_says_and_the_rest_is_as_for_all() -> None:
     routes = Routes(
         Settings(
             streaming=streaming,
+            cache=CacheSettings(ttl_s=60),
             upstream=(UpstreamSettings("a", "http://a"),),
             model=(
-                ModelSettings("told", told, recovery="continue", delivery="whole", coalesce=True),
+                ModelSettings("told", told, "continue", "whole", coalesce=True, cache="exact", cache_ttl_s=0),
                 ModelSettings("quiet", (TargetSettings("a/x"),)),
             ),
         )
     )
     x, y = Target("a", "x"), Target("a", "y")
-    assert routes.resolve("told") == Route((x, y), (2, None), {x: 8000}, "continue", True, True)
-    assert routes.resolve("quiet") == Route((x,), (None,), {}, "off", False, False)
-    assert routes.resolve("a/y") == Route((y,), (None,), {}, "off", False, False)
+    assert routes.resolve("told") == Route((x, y), (2, None), {x: 8000}, "continue", True, True, "exact", 0, "a/x a/y")
+    assert routes.resolve("quiet") == Route((x,), (None,), {}, "off", False, False, "semantic", 60, "a/x")
+    assert routes.resolve("a/y") == Route((y,), (None,), {}, "off", False, False, "semantic", 60, "a/y")
     assert routes.aliases == {name: routes.resolve(name) for name in ("told", "quiet")}
 
 

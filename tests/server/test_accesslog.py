@@ -9,7 +9,6 @@ import re
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, Literal, TextIO
 
 import pytest
@@ -66,10 +65,10 @@ async def test_a_line_of_text() -> None:
 
 
 async def test_a_line_of_text_about_a_call_that_came_to_nothing() -> None:
-    outcome = replace(
-        OUTCOME, model="", target=None, mode=Mode.NONE, status=Status.CLIENT_ERROR, http_status=404, attempts=0
+    outcome = OUTCOME._replace(
+        model="", target=None, mode=Mode.NONE, status=Status.CLIENT_ERROR, http_status=404, attempts=0
     )
-    _, _, rest = (await _line(replace(outcome, ttft_s=None, usage=None, error="model_not_found"))).partition(" ")
+    _, _, rest = (await _line(outcome._replace(ttft_s=None, usage=None, error="model_not_found"))).partition(" ")
     assert rest == (
         "call call-1 model='' target=- mode=none status=client_error http=404 attempts=0 "
         "ttft_ms=- duration_ms=1500 tokens=- error=model_not_found\n"
@@ -77,8 +76,8 @@ async def test_a_line_of_text_about_a_call_that_came_to_nothing() -> None:
 
 
 async def test_an_estimate_says_so() -> None:
-    assert "tokens=~7+2" in await _line(replace(OUTCOME, usage=Usage(7, 2, estimated=True)))
-    assert json.loads(await _line(replace(OUTCOME, usage=Usage(7, 2, estimated=True)), "json"))["estimated"] is True
+    assert "tokens=~7+2" in await _line(OUTCOME._replace(usage=Usage(7, 2, estimated=True)))
+    assert json.loads(await _line(OUTCOME._replace(usage=Usage(7, 2, estimated=True)), "json"))["estimated"] is True
 
 
 async def test_a_line_of_json() -> None:
@@ -119,20 +118,20 @@ _FORGERIES = [
 @pytest.mark.parametrize("name", _FORGERIES)
 async def test_a_name_that_a_client_chose_forges_neither_line_nor_field(name: str) -> None:
     """CWE-117, https://cwe.mitre.org/data/definitions/117.html"""
-    line = await _line(replace(OUTCOME, model=name, target=Target("up", name)))
+    line = await _line(OUTCOME._replace(model=name, target=Target("up", name)))
     assert line.isascii()
     assert line[:-1].isprintable()
     assert f" model={name!a} " in line
     assert len(re.findall(r"(?:^| )status=", re.sub(r"'[^']*'|\"[^\"]*\"", "", line))) == 1
 
-    row = json.loads(await _line(replace(OUTCOME, model=name), "json"))
+    row = json.loads(await _line(OUTCOME._replace(model=name), "json"))
     assert row["status"] == "ok"
     assert len(row) == 14
 
 
 @pytest.mark.parametrize("code", ["no_luck\n2026-01-01T00:00:00.000Z call forged", "x status=ok", "x\x1b[2K"])
 async def test_a_code_that_an_upstream_chose_forges_neither_line_nor_field(code: str) -> None:
-    line = await _line(replace(OUTCOME, error=code))
+    line = await _line(OUTCOME._replace(error=code))
     assert line[:-1].isprintable()
     assert f" error={code!a}\n" in line
 
@@ -155,7 +154,7 @@ async def test_many_lines_come_in_order_and_none_is_lost() -> None:
     out = io.StringIO()
     async with _log(out) as log:
         for number in range(5000):
-            log.report(replace(OUTCOME, call_id=f"call-{number}"))
+            log.report(OUTCOME._replace(call_id=f"call-{number}"))
             if number % 100 == 0:
                 await asyncio.sleep(0)
     assert re.findall(r" call (call-\d+) ", out.getvalue()) == [f"call-{number}" for number in range(5000)]
@@ -179,11 +178,11 @@ class _Stuck(io.StringIO):
 async def test_a_reader_that_takes_nothing_holds_nobody_up_and_is_told_what_it_missed() -> None:
     out = _Stuck()
     async with _log(out) as log:
-        log.report(replace(OUTCOME, call_id="first"))
+        log.report(OUTCOME._replace(call_id="first"))
         async with asyncio.timeout(_LONG):
             await out.is_asked.wait()
         for number in range(10_003):
-            log.report(replace(OUTCOME, call_id=f"call-{number}"))
+            log.report(OUTCOME._replace(call_id=f"call-{number}"))
         out.may_write.set()
     lines = out.getvalue().splitlines()
     assert sum(" call call-" in line for line in lines) == 10_000

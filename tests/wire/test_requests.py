@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
-from proxy.chat import Wishes
+from proxy.chat import CacheWish, Wishes
 from proxy.errors import ClientError
 from proxy.wire.requests import MAX_CHOICES, parse_chat_request, parse_object, parse_wishes
 
@@ -143,3 +143,58 @@ def test_a_wish_that_is_none_is_named_by_its_header(header: str, value: str) -> 
         parse_wishes(CIMultiDict({header.upper(): value}))
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", header)
     assert header in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("headers", "wish"),
+    [
+        ([("Cache-Control", "no-cache")], CacheWish(looks_up=False)),
+        ([("cache-control", "NO-STORE")], CacheWish(keeps=False)),
+        ([("cache-control", "no-cache, no-store")], CacheWish(False, False)),
+        ([("cache-control", "no-cache"), ("cache-control", "no-store")], CacheWish(False, False)),
+        ([("cache-control", ' max-age = "60" ,only-if-cached')], CacheWish(max_age_s=60, only_if_cached=True)),
+        ([("cache-control", "max-age=0")], CacheWish(max_age_s=0)),
+        ([("cache-control", "max-age=5, max-age=9")], CacheWish(max_age_s=5)),
+        *(
+            ([("cache-control", f"max-age{rest}")], CacheWish(max_age_s=0))
+            for rest in ("", "=", "=-1", "=1.5", "=x", "=١", f"={'9' * 40}", "=1e3", '="', "==1")
+        ),
+        *(
+            ([("cache-control", value)], CacheWish())
+            for value in (
+                "",
+                ",,",
+                "=",
+                "public",
+                "s-maxage=1",
+                "no_cache",
+                "x-no-store",
+                "max-stale",
+                "\udcff",
+                "no-transform",
+            )
+        ),
+        ([("x-headwater-cache", " Exact ")], CacheWish(tier="exact")),
+        ([("X-Headwater-Cache", "semantic")], CacheWish(tier="semantic")),
+        ([("x-headwater-cache", "OFF"), ("cache-control", "no-store")], CacheWish(keeps=False, tier="off")),
+        ([("x-headwater-namespace", "Team A")], CacheWish(namespace="Team A")),
+        ([("x-headwater-namespace", "n" * 128)], CacheWish(namespace="n" * 128)),
+        ([("x-headwater-namespace", "")], CacheWish()),
+    ],
+)
+def test_what_a_client_wishes_of_the_cache(headers: list[tuple[str, str]], wish: CacheWish) -> None:
+    """RFC 9111 §5.2.1; several lines are one list (RFC 9110 §5.3), and an argument that is none is stale (§4.2.1)."""
+    assert parse_wishes(CIMultiDict(headers)) == Wishes(cache=wish)
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        *(("x-headwater-cache", value) for value in ("", "on", "exact, semantic", "no", "\udcff")),
+        *(("x-headwater-namespace", value) for value in ("n" * 129, "a\tb", "\udcff", "\x7f")),
+    ],
+)
+def test_a_wish_of_the_cache_that_is_none_is_named(header: str, value: str) -> None:
+    with pytest.raises(ClientError) as caught:
+        parse_wishes(CIMultiDict({header: value}))
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", header)
