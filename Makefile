@@ -8,7 +8,7 @@ COMPILE := $(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test fuzz lint types floors bench profile demo-llm lock clean
+.PHONY: help setup run test fuzz lint types floors bench bench-cache profile demo-llm lock clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ floors: setup  ## import-linter: a module imports only from the floors below its
 
 bench: setup  ## the price of a chunk and a request, beside a plain relay and nginx (6 minutes)
 	$(BIN)/python scripts/bench/run.py
+
+bench-cache: setup  ## how often the cache serves, how often wrongly, and what it costs (4 minutes; PAIRS=FILE for pairs of yours)
+	$(BIN)/python scripts/cachebench/run.py $(if $(PAIRS),--pairs $(PAIRS))
 
 profile: setup  ## where the microseconds of a request and of a chunk go, by part of the code (1 minute)
 	$(BIN)/python scripts/bench/budget.py
