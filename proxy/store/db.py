@@ -55,14 +55,13 @@ class Connection(aiosqlite.Connection):
 
 
 async def connect(path: Path, steps: Sequence[str]) -> Connection:
-    """The database at `path`, made if it is missing, with all `steps` of its schema taken. The caller closes it.
+    """The database at `path`, with all `steps` of its schema taken. The caller closes it.
 
-    UnusableError when that cannot be.
+    It is made if it is missing, for its owner alone. UnusableError when that cannot be.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Opened here, for when opening fails aiosqlite leaves a thread behind that speaks to the loop after its end.
-        opened = await asyncio.to_thread(sqlite3.connect, path, isolation_level=None, check_same_thread=False)
+        opened = await asyncio.to_thread(_opened, path)
         connection = Connection(lambda: opened, iter_chunk_size=64)
         await connection
     except (OSError, sqlite3.Error) as error:
@@ -77,6 +76,14 @@ async def connect(path: Path, steps: Sequence[str]) -> Connection:
         await connection.close()
         raise
     return connection
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    if path != NOWHERE and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What people ask is nobody else's business. SQLite gives the files beside it the same mode.
+        path.touch(mode=0o600)
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
 
 
 def _transact(connection: sqlite3.Connection, work: Work[T], *, durable: bool) -> T:

@@ -53,6 +53,7 @@ async def test_a_missing_file_is_made_with_its_directory_at_the_newest_schema(co
     await connection.execute("INSERT INTO capability VALUES ('u', 'm', 'c', 'streams', 1, 'seen', 1.5)")
     assert look(path, "PRAGMA user_version") == [(len(MAIN),)]
     assert look(path, "PRAGMA journal_mode") == [("wal",)]
+    assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
     assert look(path, "SELECT * FROM capability") == [("u", "m", "c", "streams", 1, "seen", 1.5)]
 
 
