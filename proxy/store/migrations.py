@@ -17,6 +17,53 @@ MAIN: tuple[str, ...] = (
         PRIMARY KEY (upstream, model, credential, topic)
     ) STRICT, WITHOUT ROWID;
     """,
+    # Whose calls they are. Nothing here is ever deleted, so that what refers to it stays readable.
+    """
+    CREATE TABLE accounts_version (version INTEGER NOT NULL) STRICT;  -- one more with each change of the three tables below
+    INSERT INTO accounts_version VALUES (1);
+
+    CREATE TABLE organisation (
+        id         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL,
+        created_at REAL NOT NULL,  -- Unix seconds, as all times here
+        version    INTEGER NOT NULL  -- that of its last change
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE team (
+        id                  TEXT PRIMARY KEY,
+        organisation        TEXT NOT NULL REFERENCES organisation,
+        name                TEXT NOT NULL,
+        models              TEXT NOT NULL,  -- a JSON array of patterns
+        requests_per_minute INTEGER,  -- NULL is no limit, as in the two below
+        tokens_per_minute   INTEGER,
+        parallel_calls      INTEGER,
+        is_suspended        INTEGER NOT NULL DEFAULT 0,
+        created_at          REAL NOT NULL,
+        version             INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE virtual_key (
+        id                  TEXT PRIMARY KEY,  -- the part of the key that is shown
+        team                TEXT NOT NULL REFERENCES team,
+        name                TEXT NOT NULL,
+        hash                BLOB NOT NULL,  -- of the whole key, by a secret that is not in this file
+        secret              TEXT NOT NULL,  -- a fingerprint of that secret
+        models              TEXT NOT NULL,
+        requests_per_minute INTEGER,
+        tokens_per_minute   INTEGER,
+        parallel_calls      INTEGER,
+        is_suspended        INTEGER NOT NULL DEFAULT 0,
+        expires_at          REAL,  -- NULL is never
+        revoked_at          REAL,
+        created_at          REAL NOT NULL,
+        version             INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX virtual_key_version ON virtual_key (version);
+
+    INSERT INTO organisation VALUES ('local', 'Local', CAST(strftime('%s', 'now') AS REAL), 1);
+    INSERT INTO team (id, organisation, name, models, created_at, version)
+        VALUES ('local', 'local', 'Local', '["*"]', CAST(strftime('%s', 'now') AS REAL), 1);
+    """,
 )
 
 CACHE: tuple[str, ...] = (
