@@ -3,7 +3,7 @@
 The folder is a house of floors; a module imports only from the floors below its own (setup.cfg holds the
 contract, `make floors` checks it). From the top:
 
-    __main__.py  probe.py                    the command
+    __main__.py  probe.py  issuing.py        the command
     server/                                  HTTP faces: routes, errors to responses, bytes to clients
     pipeline.py  passing.py                  one call's journey: read this file first; requests that are passed on unread
     producer.py  replay.py                   the making of one answer, from its targets to the end of its log; giving one again
@@ -20,4 +20,4 @@ contract, `make floors` checks it). From the top:
     errors.py                                whose fault it is, and what kind of trouble
 """
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

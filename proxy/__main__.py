@@ -1,4 +1,4 @@
-"""The command: `headwater serve`, `check`, `probe`.
+"""The command: `headwater serve`, `check`, `probe`, `keys`, `teams`.
 
 Exit codes: 0 done, 1 the command ran and what it found is bad, 2 the settings or the arguments cannot be used.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvloop
 
-from proxy import __version__
+from proxy import __version__, issuing
 from proxy.addresses import redact_url
 from proxy.chat import Outcome
 from proxy.config import load, with_server, with_upstreams, without_cache
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _check(options, settings)
             case "probe":
                 return _run(_probe(options, settings))
+            case "keys" | "teams":
+                return _run(issuing.run(options, settings))
             case _:
                 return _run(_serve(options, settings))
     except ConfigError as error:
@@ -58,13 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="headwater", description="A streaming reverse proxy for LLM APIs.")
     parser.add_argument("--version", action="version", version=f"headwater {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    config = argparse.ArgumentParser(add_help=False)
-    config.add_argument(
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument(
         "--config",
         type=Path,
         default=os.environ.get("HEADWATER_CONFIG"),
         help="the config file (default: $HEADWATER_CONFIG, else config/headwater.toml where there is one)",
     )
+    config = argparse.ArgumentParser(add_help=False, parents=[place])
     config.add_argument("--upstream", metavar="URL", help="the only upstream, instead of those in the config file")
     serve = commands.add_parser("serve", parents=[config], help="run the proxy")
     serve.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
@@ -73,13 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("check", parents=[config], help="report every problem in the settings, and start nothing")
     probing = commands.add_parser("probe", parents=[config], help="find out which models really stream")
     probing.add_argument("models", nargs="*", metavar="MODEL", help="names to probe (default: all that are known)")
+    issuing.add_commands(commands, place)
     return parser
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     path = Path(options.config) if options.config else _DEFAULT_CONFIG if _DEFAULT_CONFIG.exists() else None
     settings = load(path, os.environ)
-    if options.upstream:
+    if getattr(options, "upstream", None):
         settings = with_upstreams(settings, (from_url(options.upstream, os.environ),), os.environ)
     if options.command == "serve":
         changes = {name: getattr(options, name) for name in ("host", "port") if getattr(options, name) is not None}
@@ -161,7 +165,11 @@ def _greet(settings: Settings, port: int, origin: str) -> None:
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines = [f"headwater listening on {base}"]
     lines += [f"  upstream {_describe(upstream, settings)} ({origin})" for upstream in settings.upstream]
-    lines.append(f"try:  curl -N {base}/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    key = ""
+    if settings.auth.mode == "keys":
+        lines.append("  callers need a virtual key: `headwater keys create` makes one")
+        key = " -H 'Authorization: Bearer sk-hw-…'"
+    lines.append(f"try:  curl -N {base}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'")
     print("\n".join(lines), flush=True)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 Recovery = Literal["exact", "continue", "off"]
 """What becomes of a stream that dies midway: the same answer is asked for again, or the rest of it, or nothing."""
@@ -42,6 +42,39 @@ class Parsed:
 
     def forget(self) -> None:
         self._value = None
+
+
+class Limits(NamedTuple):
+    """How much may be asked for at most, each 1 or more; None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    parallel_calls: int | None = None
+
+
+NO_LIMITS = Limits()
+
+
+class Identity(NamedTuple):
+    """Who asks, as far as a virtual key tells.
+
+    `organisation` and `team` are ids; `key` is the key's id, "" where callers need none. `caller` is whose answers may be
+    shared, "" where the credentials tell. A model must fit a pattern of `models` and one of `team_models`: both hold "*"
+    where all are allowed.
+    """
+
+    organisation: str
+    team: str
+    key: str = ""
+    caller: str = ""
+    models: tuple[str, ...] = ("*",)
+    team_models: tuple[str, ...] = ("*",)
+    key_limits: Limits = NO_LIMITS
+    team_limits: Limits = NO_LIMITS
+
+
+LOCAL = Identity("local", "local")
+"""Everybody, with auth.mode = "open". The organisation and the team are there from the start."""
 
 
 class ChatRequest(NamedTuple):
@@ -143,10 +176,17 @@ class Usage:
         return usage
 
 
+class Ticket(Protocol):
+    """What a call was let in with. It is given back once, however the call ends; giving it back again does nothing."""
+
+    def give_back(self, outcome: Outcome | None) -> None:
+        """`outcome` is None where no call was made of it after all."""
+
+
 class Call(NamedTuple):
     """One client's wish for one answer. `started` is the loop's clock in seconds; `caller` is whose answers it may share.
 
-    `purpose` is "" for what a client asks for, and else what the proxy itself asks for.
+    `purpose` is "" for what a client asks for, and else what the proxy itself asks for. `ticket` is given back with its outcome.
     """
 
     id: str
@@ -156,6 +196,7 @@ class Call(NamedTuple):
     forward_headers: tuple[tuple[str, str], ...]
     caller: str
     purpose: str = ""
+    ticket: Ticket | None = None
 
 
 class Lookup(NamedTuple):
@@ -245,3 +286,4 @@ class Outcome(NamedTuple):
     cache_entry: int | None = None
     """The cached answer that it was."""
     purpose: str = ""
+    ticket: Ticket | None = None

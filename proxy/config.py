@@ -21,8 +21,10 @@ from pydantic import TypeAdapter, ValidationError
 from proxy.addresses import environment_proxy, is_base_url, is_loopback, wrong_with_proxy
 from proxy.errors import ConfigError
 from proxy.settings import (
+    AuthSettings,
     CacheSettings,
     ModelSettings,
+    PriceSettings,
     ServerSettings,
     Settings,
     StoreSettings,
@@ -33,6 +35,9 @@ from proxy.settings import (
 )
 
 _ENV_PREFIX = "HEADWATER_"
+# Whoever reaches the port may try admin keys, and whoever reads the database may try secrets.
+_MIN_ADMIN_KEY, _MIN_KEY_SECRET = 16, 32
+
 _MAX_SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108, with the zero at its end
 
 _KeyPath = tuple[str | int, ...]
@@ -41,11 +46,14 @@ _KeyPath = tuple[str | int, ...]
 _NOT_IN_FILES = {
     "secrets": "name an environment variable in api_key_env instead",
     "proxies": "set `proxy` of an upstream instead",
+    "admin_key": "name an environment variable in auth.admin_key_env instead",
+    "key_secret": "name an environment variable in auth.key_secret_env instead",
 }
 
 _TABLES: Mapping[tuple[str, ...], type] = {
     (): Settings,
     ("server",): ServerSettings,
+    ("auth",): AuthSettings,
     ("store",): StoreSettings,
     ("streaming",): StreamingSettings,
     ("cache",): CacheSettings,
@@ -55,6 +63,7 @@ _LISTS_OF_TABLES: Mapping[tuple[str, ...], type] = {
     ("upstream",): UpstreamSettings,
     ("model",): ModelSettings,
     ("model", "targets"): TargetSettings,
+    ("price",): PriceSettings,
 }
 
 _S = TypeVar("_S")
@@ -113,9 +122,18 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
         except ConfigError as error:
             problems.append(_at(path, text, _as_written(("upstream", position), left), error.problems[0]))
     proxies = _proxies(settings.upstream, environ, problems)
+    own: dict[str, str | None] = {}
+    for name, key, least in (
+        ("admin_key", "admin_key_env", _MIN_ADMIN_KEY),
+        ("key_secret", "key_secret_env", _MIN_KEY_SECRET),
+    ):
+        try:
+            own[name] = _own_secret(settings.auth, key, least, environ)
+        except ConfigError as error:
+            problems.append(_at(path, text, ("auth", key), error.problems[0]))
     if problems:
         raise ConfigError(problems)
-    return _with(settings, secrets=secrets, proxies=proxies)
+    return _with(settings, secrets=secrets, proxies=proxies, **own)
 
 
 def with_upstreams(settings: Settings, upstreams: tuple[UpstreamSettings, ...], environ: Mapping[str, str]) -> Settings:
@@ -213,7 +231,12 @@ def _without(data: dict[str, Any], key_paths: list[_KeyPath]) -> tuple[dict[str,
     for key_path in key_paths:
         table_path, table = _table_of(key_path)
         key = key_path[len(table_path)] if len(key_path) > len(table_path) else None
-        required = {known.name for known in fields(table) if known.default is known.default_factory is MISSING}
+        # What an entry of prices lacks cannot be told when some of it was wrong: it is as if all of it were required.
+        required = {
+            known.name
+            for known in fields(table)
+            if known.default is known.default_factory is MISSING or table is PriceSettings
+        }
         if table_path and (key is None or key in required):
             lost.setdefault(table_path[:-1], set()).add(cast(int, table_path[-1]))
         else:
@@ -263,6 +286,21 @@ def _secret(upstream: UpstreamSettings, environ: Mapping[str, str]) -> str | Non
     return secret
 
 
+def _own_secret(auth: AuthSettings, key: str, least: int, environ: Mapping[str, str]) -> str | None:
+    """What the environment holds under the name in `auth`. A variable that was named on purpose must be there."""
+    name = getattr(auth, key)
+    secret = environ.get(name, "").strip()
+    if not secret:
+        if name != getattr(AuthSettings(), key):
+            raise ConfigError([f"environment variable {name} is not set"])
+        return None
+    if len(secret) < least:
+        raise ConfigError([f"environment variable {name} must hold at least {least} characters"])
+    if not (secret.isascii() and secret.isprintable()):
+        raise ConfigError([f"environment variable {name} must hold plain printable characters only"])
+    return secret
+
+
 def _proxies(
     upstreams: tuple[UpstreamSettings, ...], environ: Mapping[str, str], problems: list[str]
 ) -> dict[str, str]:
@@ -289,12 +327,12 @@ def _proxies(
 def _contradictions(settings: Settings) -> list[tuple[_KeyPath, str]]:
     """What is well-formed but cannot work."""
     found: list[tuple[_KeyPath, str]] = []
-    if not is_loopback(settings.server.host):
+    if settings.auth.mode == "open" and not is_loopback(settings.server.host):
         found.append(
             (
                 ("server", "host"),
                 f"'{settings.server.host}' can be reached from other machines, and callers are not authenticated: "
-                "listen on 127.0.0.1 and put nginx or Caddy in front",
+                'set auth.mode = "keys", or listen on 127.0.0.1 and put nginx or Caddy in front',
             )
         )
     names = [upstream.name for upstream in settings.upstream]
@@ -322,7 +360,22 @@ def _contradictions(settings: Settings) -> list[tuple[_KeyPath, str]]:
                 found.append((key_path, words))
             if target in targets[:number]:
                 found.append((key_path, f"'{target}' is a target of this model already"))
+    found += [
+        (("price", position), words) for position, price in enumerate(settings.price) for words in _wrong_with(price)
+    ]
     return found
+
+
+def _wrong_with(price: PriceSettings) -> list[str]:
+    """What an entry leaves out that it needs."""
+    has_input, has_output = price.input_usd_per_million is not None, price.output_usd_per_million is not None
+    if has_input is not has_output:
+        return ["has only one of input_usd_per_million and output_usd_per_million: a price is both"]
+    if not has_input and price.cached_input_usd_per_million is not None:
+        return ["has cached_input_usd_per_million without input_usd_per_million and output_usd_per_million"]
+    if not has_input and price.markup_percent is None:
+        return ["says neither a price nor a markup"]
+    return []
 
 
 def _wrong_with_cache(settings: Settings, upstreams: list[str]) -> list[tuple[str, str]]:

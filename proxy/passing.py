@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from proxy.chat import Mode, Outcome, Status, Target
+from proxy.chat import Mode, Outcome, Status, Target, Ticket
 from proxy.errors import ProxyError, UpstreamError
 from proxy.inflight import InFlight
 from proxy.settings import Settings
@@ -34,6 +34,7 @@ class Passing:
         path: str,
         body: bytes | None,
         headers: Mapping[str, str],
+        ticket: Ticket | None = None,
     ) -> AsyncIterator[Reply]:
         """An upstream's reply, for as long as the block lasts. UpstreamError for one with an error status.
 
@@ -105,6 +106,7 @@ class Passing:
                     duration_s=self._session.wheel.now() - started,
                     usage=None,
                     error=error.word if error is not None else None,
+                    ticket=ticket,
                 )
             )
             self._in_flight.leave(task)

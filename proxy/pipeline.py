@@ -21,7 +21,7 @@ from contextlib import suppress
 
 from proxy.answerlog import AnswerLog, read_to_end
 from proxy.answers import Answer, Answers, Seat, ShareKey
-from proxy.chat import CacheTier, CacheWish, Call, ChatRequest, Lookup, Mode, Outcome, Status, Usage, Wishes
+from proxy.chat import CacheTier, CacheWish, Call, ChatRequest, Lookup, Mode, Outcome, Status, Ticket, Usage, Wishes
 from proxy.encoders import Encoders
 from proxy.errors import ClientError, OverloadedError, ProxyError
 from proxy.inflight import InFlight
@@ -96,14 +96,16 @@ class Pipeline:
         caller: str = "",
         wishes: Wishes = _NO_WISHES,
         purpose: str = "",
+        ticket: Ticket | None = None,
     ) -> Seat:
         """Begin a call. Its seat's log is to be read; one whose last reader leaves is given up.
 
-        `headers` go on to the upstream; `caller` is whose answers it may share. ClientError when no upstream serves the
-        model, or when it may only be answered from the cache, and nothing is looked up there.
+        `headers` go on to the upstream; `caller` is whose answers it may share; `ticket` comes back with the outcome.
+        ClientError when no upstream serves the model, or when it may only be answered from the cache, and nothing is looked
+        up there.
         """
         route = self._routes.resolve(request.model)
-        call = Call(call_id, request, route, self._loop.time(), headers, caller, purpose)
+        call = Call(call_id, request, route, self._loop.time(), headers, caller, purpose, ticket)
         delivers_whole = route.delivers_whole if wishes.delivers_whole is None else wishes.delivers_whole
         share, lookup = self._look(call, wishes, delivers_whole=delivers_whole)
         answer = self._asked(share, request) if share is not None else None
@@ -349,6 +351,7 @@ class Pipeline:
             error=error.word if error is not None else None,
             cache_entry=answer.entry,
             purpose=call.purpose,
+            ticket=call.ticket,
         )
 
     def _settle(self, answer: Answer, outcomes: list[Outcome]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,6 +22,8 @@ _MAX_PACE = 1_000_000
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 SecondsOrOff = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+UsdPerMillion = Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
@@ -41,6 +44,15 @@ class ServerSettings(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class AuthSettings(_Section):
+    """`open`: whoever reaches the port is served. `keys`: who presents a virtual key is."""
+
+    mode: Literal["open", "keys"] = "open"
+    admin_key_env: Variable = "HEADWATER_ADMIN_KEY"
+    key_secret_env: Variable = "HEADWATER_KEY_SECRET"
+
+
+@dataclass(frozen=True, slots=True)
 class StoreSettings(_Section):
     path: Path = Path("var/headwater.db")
 
@@ -48,6 +60,11 @@ class StoreSettings(_Section):
     def cache_path(self) -> Path:
         """The file of the cached answers, beside the other."""
         return self.path.with_name(f"{self.path.stem}-cache{self.path.suffix}")
+
+    @property
+    def key_secret_path(self) -> Path:
+        """The file of the secret by which virtual keys are hashed, where the environment holds none."""
+        return self.path.with_name(f"{self.path.stem}-keys.secret")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +143,7 @@ class UpstreamSettings(_Section):
     name: Name
     base_url: str = field(repr=False)
     dialect: Literal["openai"] = "openai"
-    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    api_key_env: Variable | None = None
     api_key_file: Path | None = None
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     stream: Literal["auto", "always", "never"] = "auto"
@@ -170,18 +187,38 @@ class ModelSettings(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class PriceSettings(_Section):
+    """What some models cost, and what is charged for them. None: as a later entry says, or else as is publicly known.
+
+    Prices are US dollars for a million tokens. `models` are patterns of `matches`, for a model's name at its upstream or for
+    `upstream/model`.
+    """
+
+    models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    input_usd_per_million: UsdPerMillion | None = None
+    output_usd_per_million: UsdPerMillion | None = None
+    cached_input_usd_per_million: UsdPerMillion | None = None
+    markup_percent: Annotated[Decimal, Field(ge=0, le=1000, decimal_places=4)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Settings(_Section):
     """Everything the proxy is told. `secrets` maps an upstream's name to its API key, `proxies` to the URL of the outgoing
-    proxy its connections go through, whoever named that; neither is ever printed."""
+    proxy its connections go through, whoever named that; `admin_key` and `key_secret` are what the environment holds
+    under the names in [auth]. None of these is ever printed."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
+    auth: AuthSettings = field(default_factory=AuthSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     streaming: StreamingSettings = field(default_factory=StreamingSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     upstream: tuple[UpstreamSettings, ...] = ()
     model: tuple[ModelSettings, ...] = ()
+    price: tuple[PriceSettings, ...] = ()
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    key_secret: str | None = field(default=None, repr=False)
 
     @property
     def cache_tiers(self) -> frozenset[str]:

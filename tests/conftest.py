@@ -29,6 +29,11 @@ settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=T
 settings.load_profile("default")
 
 
+# What the environment of every proxy holds, for those whose settings name it.
+UPSTREAM_KEY = "sk-upstream-secret"
+ADMIN_KEY = "the-administrators-own-key"
+
+
 def examples(count: int) -> settings:
     """So many examples in the default profile, and in proportion in the deep one."""
     return settings(max_examples=count * settings().max_examples // 100)
@@ -117,7 +122,7 @@ def make_settings(directory: Path, *upstreams: str, more: str = "", **sections: 
         lines += ["[[upstream]]", f'name = "up{number if number > 1 else ""}"', f'base_url = "{url}"']
     path = directory / "headwater.toml"
     path.write_text("\n".join([*lines, more]))
-    return load(path, {"UP_KEY": "sk-upstream-secret"})
+    return load(path, {"UP_KEY": UPSTREAM_KEY, "ADMIN_KEY": ADMIN_KEY})
 
 
 @asynccontextmanager

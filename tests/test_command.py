@@ -292,7 +292,7 @@ async def test_a_bad_port_is_refused(tmp_path: Path, port: str) -> None:
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [["serve", "--prot", "0"], ["dance"], [], ["check", "--port", "1"]])
+@pytest.mark.parametrize("arguments", [["serve", "--prot", "0"], ["dance"], [], ["check", "--port", "1"], ["keys"]])
 async def test_what_is_not_known_is_refused(tmp_path: Path, arguments: list[str]) -> None:
     code, out, error = await run(tmp_path, *arguments)
     assert (code, out) == (2, "")
@@ -319,6 +319,41 @@ async def test_the_version_is_printed(tmp_path: Path) -> None:
     code, out, _ = await run(tmp_path, "--version")
     assert code == 0
     assert re.fullmatch(r"headwater \d+\.\d+\S*\n", out)
+
+
+# ---------------------------------------------------------------------- keys, teams
+
+
+async def test_a_team_and_its_keys_are_made_from_the_shell(tmp_path: Path) -> None:
+    assert (await run(tmp_path, "teams", "create", "alpha", "--model", "gpt-*"))[0] == 0
+    code, key, error = await run(
+        *(tmp_path, "keys", "create", "--team", "alpha", "--name", "ci", "--expires-in", "3"),
+        HEADWATER_AUTH__MODE="keys",
+    )
+    assert code == 0
+    assert re.fullmatch(r"sk-hw-[0-9A-Za-z]{39}\n", key), "a script can take it from there"
+    assert error == "headwater: a key of the team alpha; this is the only time it is shown\n"
+    code, listed, error = await run(tmp_path, "keys", "list", "--team", "alpha")
+    assert (code, error) == (0, "")
+    assert re.fullmatch(rf"KEY .*\n{key[:14]}  alpha  active  \d{{4}}-\d\d-\d\d \d\d:\d\dZ  \*       ci\n", listed)
+    _, listed, _ = await run(tmp_path, "teams", "list")
+    assert [line.split() for line in listed.splitlines()[1:]] == [
+        ["alpha", "local", "active", "gpt-*", "alpha"],
+        ["local", "local", "active", "*", "Local"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["keys", "create", "--team", "no"], "headwater: There is no team 'no'."),
+        (["keys", "create", "--parallel-calls", "0"], "headwater: 'parallel_calls': "),
+    ],
+)
+async def test_a_key_that_cannot_be_made_is_said_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    code, out, error = await run(tmp_path, *arguments)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(words)
 
 
 # ---------------------------------------------------------------------- check

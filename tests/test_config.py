@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 from proxy.addresses import is_loopback, redact_url
 from proxy.config import load, with_server, with_upstreams, without_cache
 from proxy.errors import ConfigError
-from proxy.settings import CacheSettings, ModelSettings, Settings, TargetSettings, UpstreamSettings, matches
+from proxy.settings import (
+    CacheSettings,
+    ModelSettings,
+    PriceSettings,
+    Settings,
+    TargetSettings,
+    UpstreamSettings,
+    matches,
+)
 
 SECRET = "sk-very-secret-0123456789"
 UPSTREAM = '[[upstream]]\nname = "a"\nbase_url = "http://localhost:8000/v1"\n'
@@ -312,7 +321,7 @@ def test_a_problem_of_the_environment_names_the_variable(tmp_path: Path, variabl
 
 def test_other_variables_are_none_of_our_business() -> None:
     environ = {
-        "HEADWATER_ADMIN_KEY": "x",
+        "HEADWATER_KEY": "x",
         "HEADWATER": "y",
         "headwater_server__port": "1",
         "SERVER__PORT": "2",
@@ -340,6 +349,47 @@ def test_an_address_that_others_can_reach_is_refused(tmp_path: Path, host: str) 
     assert with_server(Settings(), port=5).server.port == 5
 
 
+def test_where_keys_are_needed_others_may_reach_it(tmp_path: Path) -> None:
+    text = '[server]\nhost = "0.0.0.0"\n[auth]\nmode = "keys"\n'
+    assert loaded(tmp_path, text).server.host == "0.0.0.0"
+    assert loaded(tmp_path, '[server]\nhost = "::"\n', {"HEADWATER_AUTH__MODE": "keys"}).auth.mode == "keys"
+    [problem] = problems(tmp_path, text, {"HEADWATER_AUTH__MODE": "open"})
+    assert problem.startswith("c.toml:2: server.host: ")
+
+
+OWN_SECRETS: list[tuple[str, dict[str, str], str]] = [
+    ("", {"HEADWATER_ADMIN_KEY": "short"}, "c.toml:1: auth.admin_key_env: environment variable HEADWATER_ADMIN_KEY"),
+    ("", {"HEADWATER_ADMIN_KEY": "ä" * 16}, "c.toml:1: auth.admin_key_env: "),
+    ("", {"HEADWATER_KEY_SECRET": "x" * 31}, "c.toml:1: auth.key_secret_env: "),
+    (
+        'admin_key_env = "MINE"',
+        {"HEADWATER_ADMIN_KEY": SECRET},
+        "c.toml:2: auth.admin_key_env: environment variable MINE is not",
+    ),
+    ('key_secret_env = "MINE"', {"MINE": " "}, "c.toml:2: auth.key_secret_env: environment variable MINE is not set"),
+    ('admin_key = "x"', {}, "c.toml:2: auth.admin_key: unknown key; did you mean admin_key_env?"),
+]
+
+
+@pytest.mark.parametrize(("text", "environ", "expected"), OWN_SECRETS)
+def test_a_secret_of_its_own_must_be_there_and_be_long(
+    tmp_path: Path, text: str, environ: dict[str, str], expected: str
+) -> None:
+    [problem] = problems(tmp_path, f"[auth]\n{text}\n", environ)
+    assert problem.startswith(expected)
+
+
+def test_secrets_of_its_own_are_read_from_the_environment_and_not_printed(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "").admin_key is None
+    settings = loaded(tmp_path, "", {"HEADWATER_ADMIN_KEY": f" {SECRET}\n", "HEADWATER_KEY_SECRET": SECRET * 2})
+    assert (settings.admin_key, settings.key_secret) == (SECRET, SECRET * 2)
+    assert with_server(settings, port=5).admin_key == SECRET
+    assert SECRET not in repr(settings)
+    text = f'admin_key = "{SECRET}"\n'
+    [problem] = problems(tmp_path, text)
+    assert problem == "c.toml:1: admin_key: unknown key; name an environment variable in auth.admin_key_env instead"
+
+
 def test_no_secret_is_printed(tmp_path: Path) -> None:
     (tmp_path / "key").write_text(SECRET + "\n")
     text = f'[[upstream]]\nname = "a"\nbase_url = "http://user:{SECRET}@x/v1"\n'
@@ -359,7 +409,7 @@ PROXY = "http://me:secret@proxy.example:3128"
 
 def proxy_of(url: str, environ: dict[str, str], **fields: Any) -> str | None:
     settings = with_upstreams(Settings(), (UpstreamSettings("up", url, **fields),), environ)
-    assert "secret" not in repr(settings)
+    assert "me:secret" not in repr(settings)
     return settings.proxies.get("up")
 
 
@@ -550,3 +600,44 @@ def test_what_a_cache_cannot_be_is_told(tmp_path: Path, line: str, key: str, wor
     assert all(problem.startswith("c.toml:") and f" cache.{key}: " in problem for problem in told)
     assert words in told[0]
     assert len(told) == 1
+
+
+def test_prices_are_read_to_the_last_digit(tmp_path: Path) -> None:
+    text = """
+        [[price]]
+        models = ["lab/*", "qwen"]
+        input_usd_per_million = 0.1
+        output_usd_per_million = 2
+        cached_input_usd_per_million = 0.000001
+        [[price]]
+        models = ["*"]
+        markup_percent = 12.5
+    """
+    assert loaded(tmp_path, text).price == (
+        PriceSettings(("lab/*", "qwen"), Decimal("0.1"), Decimal(2), Decimal("0.000001")),
+        PriceSettings(("*",), markup_percent=Decimal("12.5")),
+    )
+
+
+BOTH = "input_usd_per_million = 1\noutput_usd_per_million = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("", "1: price[0]: says neither a price nor a markup"),
+        ("input_usd_per_million = 1", "1: price[0]: has only one of input_usd_per_million and output_usd_per_million"),
+        ("output_usd_per_million = 1", "1: price[0]: has only one of input_usd_per_million and output_usd_per_million"),
+        ("cached_input_usd_per_million = 1\nmarkup_percent = 1", "1: price[0]: has cached_input_usd_per_million without"),
+        (f"{BOTH}cached_input_usd_per_million = 0.0000001", "5: price[0].cached_input_usd_per_million: "),
+        (f"{BOTH}cached_input_usd_per_million = -1", "5: price[0].cached_input_usd_per_million: "),
+        (f"{BOTH}cached_input_usd_per_million = 10001", "5: price[0].cached_input_usd_per_million: "),
+        ("input_usd_per_million = true\noutput_usd_per_million = 1", "3: price[0].input_usd_per_million: "),
+        ("markup_percent = inf", "3: price[0].markup_percent: "),
+        ("markup_percent = -5", "3: price[0].markup_percent: "),
+        (f"{BOTH}markup = 5", "5: price[0].markup: unknown key; did you mean markup_percent?"),
+    ],
+)  # fmt: skip
+def test_what_a_price_cannot_be_is_told_once(tmp_path: Path, lines: str, problem: str) -> None:
+    (told,) = problems(tmp_path, f'[[price]]\nmodels = ["a"]\n{lines}')
+    assert told.startswith(f"c.toml:{problem}")

@@ -14,8 +14,10 @@ import proxy
 from proxy.__main__ import main
 from proxy.config import load
 from proxy.settings import (
+    AuthSettings,
     CacheSettings,
     ModelSettings,
+    PriceSettings,
     ServerSettings,
     Settings,
     StoreSettings,
@@ -31,11 +33,12 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 TABLES: dict[str, type[Any]] = {
     "server": ServerSettings,
+    "auth": AuthSettings,
     "store": StoreSettings,
     "streaming": StreamingSettings,
     "cache": CacheSettings,
 }
-LISTS: dict[str, type[Any]] = {"upstream": UpstreamSettings, "model": ModelSettings}
+LISTS: dict[str, type[Any]] = {"upstream": UpstreamSettings, "model": ModelSettings, "price": PriceSettings}
 
 # A commented-out setting or heading of a block. Prose never looks like either.
 _COMMENTED = re.compile(r"# (?P<line>(?P<field>[a-z][a-z_]*) = .+|\[\[(?P<block>[a-z]+)\]\])")
@@ -160,7 +163,12 @@ def test_reference_has_every_field_and_no_other(section: str) -> None:
 
 
 def test_reference_knows_every_section() -> None:
-    assert {*TABLES, *LISTS} == {field.name for field in fields(Settings)} - {"secrets", "proxies"}
+    assert {*TABLES, *LISTS} == {field.name for field in fields(Settings)} - {
+        "secrets",
+        "proxies",
+        "admin_key",
+        "key_secret",
+    }
 
 
 @pytest.mark.parametrize("section", TABLES)

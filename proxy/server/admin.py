@@ -24,9 +24,11 @@ async def health(request: web.Request) -> web.StreamResponse:
 
 
 async def ready(request: web.Request) -> web.StreamResponse:
-    """GET /ready: new calls are taken; 503 as soon as the proxy is told to stop."""
+    """GET /ready: new calls are taken; 503 as soon as the proxy is told to stop. Nobody needs a key for it."""
     state = request.app[STATE]
-    body = {"status": "draining" if state.is_draining else "ready", "in_flight": len(state.in_flight)}
+    body: dict[str, Any] = {"status": "draining" if state.is_draining else "ready"}
+    if state.auth.is_open:
+        body["in_flight"] = len(state.in_flight)
     return json_response(body, 503 if state.is_draining else 200)
 
 

@@ -17,16 +17,20 @@ from proxy.errors import ConfigError
 from proxy.inflight import InFlight
 from proxy.passing import Passing
 from proxy.pipeline import Pipeline
+from proxy.policy.pricing import Prices
 from proxy.policy.routing import Routes
 from proxy.semcache.cache import AnswerCache, opened
-from proxy.server import admin, cached, metrics, openai, streams
+from proxy.server import accounts, admin, cached, metrics, openai, streams
 from proxy.server.accesslog import AccessLog
+from proxy.server.auth import Auth
 from proxy.server.connection import Runner
 from proxy.server.door import Door
+from proxy.server.limiting import Limiting
 from proxy.server.middleware import around, before_head
 from proxy.server.state import STATE, State
 from proxy.settings import Settings
 from proxy.store import db, migrations
+from proxy.store.accounts import Accounts
 from proxy.store.capabilities import CapabilityStore
 from proxy.tasks import Tasks
 from proxy.upstream.circuits import Circuits
@@ -37,6 +41,9 @@ _log = logging.getLogger(__name__)
 
 _REFRESH_EVERY_S = 5.0
 _LAST_WORDS_S = 1.0
+
+# How long a key that another process has revoked may still be used.
+_ACCOUNTS_EVERY_S = 0.2
 
 # The last calls are counted before they are reported, and the tokenizer may have to be started for that: 0.6 s.
 _LAST_REPORTS_S = 5.0
@@ -54,6 +61,7 @@ class Parts:
     circuits: Circuits
     capabilities: CapabilityStore
     listing: Listing
+    accounts: Accounts
     tasks: Tasks
 
 
@@ -67,6 +75,7 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
     except db.UnusableError as error:
         raise ConfigError([f"store.path: {error}"]) from None
     try:
+        known = await Accounts.open(connection, settings)
         capabilities = await CapabilityStore.open(connection, tasks)
         session = UpstreamSession(settings)
         encoders = Encoders(settings.store.path.parent / "tiktoken")
@@ -86,7 +95,11 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
                     settings, routes, session, circuits, capabilities, encoders, cache, in_flight, tasks, report
                 )
                 try:
-                    yield Parts(routes, session, pipeline, passing, in_flight, circuits, capabilities, listing, tasks)
+                    yield Parts(
+                        *(routes, session, pipeline, passing, in_flight, circuits, capabilities, listing),
+                        known,
+                        tasks,
+                    )
                 finally:
                     in_flight.stop()
                     await in_flight.drained(_LAST_REPORTS_S)
@@ -120,19 +133,24 @@ async def _answers(settings: Settings) -> AsyncIterator[tuple[db.Connection, str
 async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[int]:
     """A listening proxy; the value is its port. On leaving, it refuses new calls, lets running ones end, and closes.
 
-    ConfigError when the address cannot be listened on or the database cannot be used.
+    ConfigError when the address cannot be listened on, or the database or the secret of the keys cannot be used.
     """
     server = settings.server
     access_log = AccessLog(access_log_out, server.log_format)
     calls = metrics.CallCounts()
 
     def report(outcome: Outcome) -> None:
+        if outcome.ticket is not None:
+            outcome.ticket.give_back(outcome)
         calls.count(outcome)
         if server.access_log:
             access_log.report(outcome)
 
     try:
         async with parts(settings, report) as made:
+            if settings.auth.mode == "keys":
+                await made.accounts.load_secret()
+                made.tasks.spawn(_keep_current(made.accounts), "refresh accounts")
             loop = asyncio.get_running_loop()
             state = State(
                 settings,
@@ -143,6 +161,10 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
                 made.circuits,
                 made.capabilities,
                 made.listing,
+                made.accounts,
+                Auth(settings, made.accounts),
+                Limiting(loop.time),
+                Prices(settings.price, {upstream.name: upstream.base_url for upstream in settings.upstream}),
                 made.tasks,
                 report,
                 loop.time,
@@ -199,6 +221,7 @@ def make_app(state: State) -> web.Application:
             web.get("/admin/cache/entries/{id}", cached.get_entry),
             web.delete("/admin/cache/entries/{id}", cached.delete_entry),
             web.post("/admin/cache/explain", cached.explain),
+            *accounts.routes(),
             web.route("*", "/v1/{rest:.+}", openai.pass_on),
         ]
     )
@@ -211,3 +234,9 @@ async def _keep_fresh(capabilities: CapabilityStore, cache: AnswerCache) -> None
         await capabilities.refresh()
         await cache.refresh()
         await cache.store.sweep()
+
+
+async def _keep_current(known: Accounts) -> None:
+    while True:
+        await asyncio.sleep(_ACCOUNTS_EVERY_S)
+        await known.refresh()

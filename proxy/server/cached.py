@@ -8,16 +8,16 @@ from typing import Any
 
 from aiohttp import web
 
-from proxy.chat import Lookup, Target
+from proxy.chat import LOCAL, Lookup, Target
 from proxy.errors import ClientError, OverloadedError
 from proxy.policy.guard import threshold
-from proxy.policy.pricing import price_microusd
 from proxy.semcache.cache import Figures
 from proxy.semcache.embedder import EmbeddingError
 from proxy.semcache.meaning import Candidate
+from proxy.server.auth import caller_of
 from proxy.server.downstream import json_response
-from proxy.server.middleware import caller_of
 from proxy.server.state import STATE, State
+from proxy.store.accounts import caller_of_team
 from proxy.store.entries import Entry, Facts
 from proxy.wire.encoding import loads
 from proxy.wire.headers import upstream_headers
@@ -106,12 +106,18 @@ async def delete_entry(request: web.Request) -> web.StreamResponse:
 
 
 async def explain(request: web.Request) -> web.StreamResponse:
-    """POST /admin/cache/explain: a chat request as it would be sent, headers included; what it would find, and why."""
+    """POST /admin/cache/explain?team=…: a chat request as it would be sent, headers included; what it would find, and why.
+
+    With virtual keys `team` says whose it would be, the team `local`'s by default.
+    """
     state = request.app[STATE]
     chat = parse_chat_request(await request.read())
     headers = request.headers
     wishes = parse_wishes(headers)
-    lookup = state.pipeline.lookup(chat, upstream_headers(headers), caller_of(headers), wishes)
+    caller = caller_of(LOCAL, state.auth.without_admin_key(headers))
+    if not state.auth.is_open:
+        caller = caller_of_team(state.accounts.team(request.query.get("team", LOCAL.team)).id)
+    lookup = state.pipeline.lookup(chat, upstream_headers(headers), caller, wishes)
     if lookup is None or not lookup.wish.looks_up:
         words = (
             "Nothing is looked up for such a request: see cache.exact, the model's cache, and the request's headers."
@@ -167,11 +173,11 @@ def _candidate(candidate: Candidate, entry: Entry, least: float, *, is_fresh: bo
 
 def _saved(state: State, figures: Figures) -> dict[str, Any]:
     """The tokens that were not asked for again, and their price; `microusd` is None where no price is known at all."""
-    bases = {upstream.name: upstream.base_url for upstream in state.settings.upstream}
-    prices = []
-    for target, (prompt, completion) in figures.saved.items():
-        known = Target(*target.split("/", 1))
-        prices.append(price_microusd(known.model, bases.get(known.upstream, ""), prompt, completion))
+    now = time.time()
+    prices = [
+        state.prices.sum_microusd(Target(*target.split("/", 1)), prompt, completion, now)
+        for target, (prompt, completion) in figures.saved.items()
+    ]
     known_prices = [price for price in prices if price is not None]
     return {
         "prompt_tokens": sum(prompt for prompt, _ in figures.saved.values()),

@@ -2,7 +2,7 @@
 
 It opens to POST requests for one path, and to GET requests for the paths that begin with another.
 
-The same as the middleware does for aiohttp's routes, by the same functions: an id, admission, one place where an error
+The same as the middleware does for aiohttp's routes, by the same functions: an id, admission, who asks, one place where an error
 becomes a response. And its body, which is mostly there with its head, and else is waited for.
 """
 
@@ -54,6 +54,7 @@ class Door:
         down.headers = visit.headers
         try:
             admit(state, visit, message.path, headers)
+            visit.identity = state.auth.identify(headers)
             self._check(int(headers.get("Content-Length", 0)))
             # A client of HTTP/1.0 cannot expect anything (RFC 9110 §10.1.1).
             if "Expect" in headers and message.version >= HttpVersion11:

@@ -1,4 +1,4 @@
-"""What every request goes through: its id, its origin, and the one place where an error becomes a response."""
+"""What every request goes through: its id, its origin, who asks, and the one place where an error becomes a response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from proxy.addresses import is_loopback
-from proxy.chat import Mode, Outcome, Status
+from proxy.chat import LOCAL, Identity, Mode, Outcome, Status
 from proxy.errors import ClientError, OverloadedError, ProxyError
 from proxy.server.downstream import SERVER, cut, error_response
 from proxy.server.state import STATE, State
@@ -35,6 +35,7 @@ class Visit:
     headers: dict[str, str]
     is_call: bool = False
     is_answered: bool = False
+    identity: Identity = LOCAL
 
 
 VISIT = web.RequestKey("visit", Visit)
@@ -49,7 +50,6 @@ def new_id() -> str:
 
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
-_CREDENTIALS = ("Authorization", "api-key", "x-api-key")
 _EXPOSED = (
     "x-request-id",
     "x-headwater-target",
@@ -61,20 +61,16 @@ _EXPOSED = (
 # Who comes back to an answer makes no new call.
 _OPEN_WHILE_DRAINING = ("/health", "/ready", "/metrics", "/v1/streams/")
 
+# Who needs which key, by the route as it is written: all that is not here needs a virtual one.
+_FOR_ALL = ("/health", "/ready")
+_FOR_ADMINISTRATORS = ("/admin/", "/metrics")
+
 
 def visit_of(headers: Mapping[str, str]) -> Visit:
     """A new visit. The client's `x-request-id` is kept when it is a plain short word, so that it cannot forge log lines."""
     given = headers.get("x-request-id", "")
     call_id = given if _GOOD_ID(given) else new_id()
     return Visit(call_id, {"x-request-id": call_id})
-
-
-def caller_of(headers: Mapping[str, str]) -> str:
-    """Who asks, as far as what they present tells callers apart: nobody shares another one's answers."""
-    for name in _CREDENTIALS:
-        if (given := headers.get(name)) is not None:
-            return f"{name}: {given}"
-    return ""
 
 
 def admit(state: State, visit: Visit, path: str, headers: Mapping[str, str]) -> None:
@@ -89,6 +85,8 @@ def failure_of(error: Exception, state: State, visit: Visit, what: str) -> Proxy
     """The error as the client is to see it. One that is not ours is a bug: it is logged, and its words stay here."""
     match error:
         case ProxyError():
+            if error.status == 401 and isinstance(error, ClientError):
+                visit.headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 §15.5.2 requires one
             return error
         case web.HTTPRequestEntityTooLarge():
             limit = f"{state.settings.server.max_body_mb:g} MB"
@@ -120,6 +118,7 @@ async def around(request: web.Request, handler: _Handler) -> web.StreamResponse:
         admit(state, visit, request.path, request.headers)
         if request.method == "OPTIONS" and "Origin" in request.headers:
             return web.Response(status=204)
+        _authenticate(state, visit, request)
         return await handler(request)
     except ConnectionError:
         # Upstreams' failures are mapped to ours: this is the client's connection, and nobody is left to answer.
@@ -132,6 +131,17 @@ async def around(request: web.Request, handler: _Handler) -> web.StreamResponse:
         cut(request)
         raise asyncio.CancelledError
     return error_response(failure)
+
+
+def _authenticate(state: State, visit: Visit, request: web.Request) -> None:
+    """See who asks for a route. What no route serves tells nothing to anybody."""
+    resource = request.match_info.route.resource
+    if resource is None or resource.canonical in _FOR_ALL:
+        return
+    if resource.canonical.startswith(_FOR_ADMINISTRATORS):
+        state.auth.admit_admin(request.headers)
+    else:
+        visit.identity = state.auth.identify(request.headers)
 
 
 async def before_head(request: web.Request, response: web.StreamResponse) -> None:

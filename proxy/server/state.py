@@ -11,8 +11,12 @@ from proxy.chat import Outcome
 from proxy.inflight import InFlight
 from proxy.passing import Passing
 from proxy.pipeline import Pipeline
+from proxy.policy.pricing import Prices
 from proxy.policy.routing import Routes
+from proxy.server.auth import Auth
+from proxy.server.limiting import Limiting
 from proxy.settings import Settings
+from proxy.store.accounts import Accounts
 from proxy.store.capabilities import CapabilityStore
 from proxy.tasks import Tasks
 from proxy.upstream.circuits import Circuits
@@ -31,6 +35,10 @@ class State:
     circuits: Circuits
     capabilities: CapabilityStore
     listing: Listing
+    accounts: Accounts
+    auth: Auth
+    limiting: Limiting
+    prices: Prices
     tasks: Tasks
     report: Callable[[Outcome], None]
     now: Callable[[], float]

@@ -6,8 +6,9 @@ from aiohttp import web
 from aiohttp.http_parser import RawRequestMessage
 
 from proxy.errors import ClientError
+from proxy.server.auth import caller_of
 from proxy.server.downstream import Downstream
-from proxy.server.middleware import Visit, caller_of
+from proxy.server.middleware import Visit
 from proxy.server.state import State
 
 PREFIX = "/v1/streams/"
@@ -20,7 +21,7 @@ def resume(state: State, visit: Visit, message: RawRequestMessage, body: bytes, 
     there is no more (WHATWG HTML §9.2.3).
     """
     name = message.url.path.removeprefix(PREFIX)
-    kept = state.pipeline.answers.named(caller_of(message.headers), name)
+    kept = state.pipeline.answers.named(caller_of(visit.identity, message.headers), name)
     if kept is None:
         words = "There is no such stream, or not any more: streaming.resume_window_s says how long one is kept."
         raise ClientError(404, "stream_not_found", words)

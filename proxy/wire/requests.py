@@ -12,7 +12,7 @@ from multidict import MultiMapping
 
 from proxy.chat import NO_CACHE_WISH, CacheTier, CacheWish, ChatRequest, Parsed, Wishes
 from proxy.errors import ClientError
-from proxy.wire.encoding import loads
+from proxy.wire.encoding import dumps, loads
 
 MAX_CHOICES = 128
 
@@ -148,6 +148,24 @@ def required_model(body: dict[str, Any]) -> str:
     if not model.strip():
         raise _wrong("model", "must not be empty", "invalid_value")
     return model
+
+
+def with_one_model(raw: bytes, body: dict[str, Any]) -> bytes:
+    """The JSON of a body, in which every reader finds the model that was read here: for callers who may not ask for any.
+
+    `raw` itself, where that is so. Of members with the same name some readers take the first, and Go's take a name in any case
+    (https://pkg.go.dev/encoding/json#Unmarshal). ClientError 400 for the latter, and for what is nested too deeply to be written.
+    """
+    for name in body:
+        if name != "model" and name.lower() == "model":
+            raise _wrong(name, "names a model too", "several_models")
+    # A letter of a name may be written as an escape (RFC 8259 §7).
+    if raw.count(b'"model"') == 1 and b"\\u00" not in raw:
+        return raw
+    try:
+        return dumps(body)
+    except ValueError:
+        raise ClientError(400, "invalid_json", "The body is nested too deeply.") from None
 
 
 def _wrong(param: str, what: str, code: str = "invalid_type") -> ClientError:

@@ -13,7 +13,10 @@ import pytest
 from aiohttp import test_utils, web
 
 from proxy.chat import Outcome
+from proxy.policy.pricing import Prices
 from proxy.server.app import make_app, parts
+from proxy.server.auth import Auth
+from proxy.server.limiting import Limiting
 from proxy.server.state import State
 from tests.conftest import Proxy, Start, make_settings
 from tests.fakes.upstream import (
@@ -402,6 +405,10 @@ async def test_an_error_of_our_own_is_told_without_detail(
             made.circuits,
             made.capabilities,
             made.listing,
+            made.accounts,
+            Auth(settings, made.accounts),
+            Limiting(asyncio.get_running_loop().time),
+            Prices((), {}),
             made.tasks,
             rows.append,
             asyncio.get_running_loop().time,

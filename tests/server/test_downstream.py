@@ -16,9 +16,12 @@ import pytest
 
 from proxy import __version__
 from proxy.chat import Outcome
+from proxy.policy.pricing import Prices
 from proxy.server.app import make_app, parts
+from proxy.server.auth import Auth
 from proxy.server.connection import ClientConnection, Runner
 from proxy.server.door import Door
+from proxy.server.limiting import Limiting
 from proxy.server.openai import CHAT_PATH, chat_completions
 from proxy.server.state import State
 from proxy.server.streams import PREFIX, resume
@@ -398,6 +401,10 @@ async def recorded(settings: Settings) -> AsyncIterator[tuple[ClientConnection, 
             made.circuits,
             made.capabilities,
             made.listing,
+            made.accounts,
+            Auth(settings, made.accounts),
+            Limiting(now),
+            Prices((), {}),
             made.tasks,
             outcomes.put_nowait,
             now,

@@ -1,0 +1,206 @@
+"""The operator's face of organisations, teams and virtual keys.
+
+    GET, POST   /admin/organisations       GET, PATCH  /admin/organisations/{id}
+    GET, POST   /admin/teams               GET, PATCH  /admin/teams/{id}          POST  …/suspend, …/resume
+    GET, POST   /admin/keys                GET, PATCH  /admin/keys/{id}           POST  …/suspend, …/resume, …/revoke
+
+Lists are in the order of ids: `?limit=` (100, at most 1000) of those behind `?after=`; `?organisation=` and `?team=` narrow them.
+The text of a key is in the answer to the POST that made it, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from proxy.errors import ClientError, ConfigError, ProxyError
+from proxy.server import accountforms as forms
+from proxy.server.downstream import json_response
+from proxy.server.state import STATE
+from proxy.store.account_rows import Organisation, Team, VirtualKey
+from proxy.store.accounts import Accounts
+from proxy.wire.requests import parse_object
+
+_PAGE, _MAX_PAGE = 100, 1000
+
+F = TypeVar("F")
+
+
+async def list_organisations(request: web.Request) -> web.StreamResponse:
+    """GET /admin/organisations"""
+    accounts = await _accounts(request)
+    limit, after, _ = _range(request)
+    return _list(*accounts.organisations(limit, after))
+
+
+async def create_organisation(request: web.Request) -> web.StreamResponse:
+    """POST /admin/organisations: `id`, and `name`."""
+    accounts = await _accounts(request)
+    form = await _form(request, forms.NewOrganisation)
+    return json_response(_view(await accounts.create(forms.organisation(form, time.time()))), 201)
+
+
+async def get_organisation(request: web.Request) -> web.StreamResponse:
+    """GET /admin/organisations/{id}"""
+    return json_response(_view((await _accounts(request)).organisation(_id(request))))
+
+
+async def change_organisation(request: web.Request) -> web.StreamResponse:
+    """PATCH /admin/organisations/{id}"""
+    accounts = await _accounts(request)
+    form = await _form(request, forms.OrganisationChanges)
+    return json_response(_view(await accounts.change(Organisation, _id(request), **form)))
+
+
+async def list_teams(request: web.Request) -> web.StreamResponse:
+    """GET /admin/teams"""
+    accounts = await _accounts(request)
+    limit, after, organisation = _range(request, "organisation")
+    return _list(*accounts.teams(limit, after, organisation=organisation))
+
+
+async def create_team(request: web.Request) -> web.StreamResponse:
+    """POST /admin/teams: `id`, and `name`, `organisation`, `models`, limits."""
+    accounts = await _accounts(request)
+    form = await _form(request, forms.NewTeam)
+    return json_response(_view(await accounts.create(forms.team(form, time.time()))), 201)
+
+
+async def get_team(request: web.Request) -> web.StreamResponse:
+    """GET /admin/teams/{id}"""
+    return json_response(_view((await _accounts(request)).team(_id(request))))
+
+
+async def change_team(request: web.Request) -> web.StreamResponse:
+    """PATCH /admin/teams/{id}"""
+    accounts = await _accounts(request)
+    form = await _form(request, forms.TeamChanges)
+    return json_response(_view(await accounts.change(Team, _id(request), **form)))
+
+
+async def suspend_team(request: web.Request) -> web.StreamResponse:
+    """POST /admin/teams/{id}/suspend: its keys are good for nothing until it is resumed. What runs may end."""
+    accounts = await _accounts(request)
+    return json_response(_view(await accounts.change(Team, _id(request), is_suspended=True)))
+
+
+async def resume_team(request: web.Request) -> web.StreamResponse:
+    """POST /admin/teams/{id}/resume"""
+    accounts = await _accounts(request)
+    return json_response(_view(await accounts.change(Team, _id(request), is_suspended=False)))
+
+
+async def list_keys(request: web.Request) -> web.StreamResponse:
+    """GET /admin/keys: those that were revoked too."""
+    accounts = await _accounts(request)
+    limit, after, team = _range(request, "team")
+    return _list(*accounts.keys(limit, after, team=team))
+
+
+async def create_key(request: web.Request) -> web.StreamResponse:
+    """POST /admin/keys: `team`, `name`, `models`, limits, `expires_at`. The answer holds the key, this once."""
+    accounts = await _accounts(request)
+    form = await _form(request, forms.NewKey)
+    try:
+        key, text = await accounts.create_key(**forms.key(form), now=time.time())
+    except ConfigError as error:
+        raise ProxyError(500, "key_secret_unusable", f"No key can be made: {error}.") from None
+    response = json_response({**_view(key), "key": text}, 201)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+async def get_key(request: web.Request) -> web.StreamResponse:
+    """GET /admin/keys/{id}"""
+    return json_response(_view((await _accounts(request)).key(_id(request))))
+
+
+async def change_key(request: web.Request) -> web.StreamResponse:
+    """PATCH /admin/keys/{id}"""
+    accounts = await _accounts(request)
+    form = await _form(request, forms.KeyChanges)
+    return json_response(_view(await accounts.change(VirtualKey, _id(request), **form)))
+
+
+async def suspend_key(request: web.Request) -> web.StreamResponse:
+    """POST /admin/keys/{id}/suspend"""
+    accounts = await _accounts(request)
+    return json_response(_view(await accounts.change(VirtualKey, _id(request), is_suspended=True)))
+
+
+async def resume_key(request: web.Request) -> web.StreamResponse:
+    """POST /admin/keys/{id}/resume"""
+    accounts = await _accounts(request)
+    return json_response(_view(await accounts.change(VirtualKey, _id(request), is_suspended=False)))
+
+
+async def revoke_key(request: web.Request) -> web.StreamResponse:
+    """POST /admin/keys/{id}/revoke: for ever."""
+    return json_response(_view(await (await _accounts(request)).revoke(_id(request), time.time())))
+
+
+def routes() -> list[web.RouteDef]:
+    """All of these."""
+    return [
+        web.get("/admin/organisations", list_organisations),
+        web.post("/admin/organisations", create_organisation),
+        web.get("/admin/organisations/{id}", get_organisation),
+        web.patch("/admin/organisations/{id}", change_organisation),
+        web.get("/admin/teams", list_teams),
+        web.post("/admin/teams", create_team),
+        web.get("/admin/teams/{id}", get_team),
+        web.patch("/admin/teams/{id}", change_team),
+        web.post("/admin/teams/{id}/suspend", suspend_team),
+        web.post("/admin/teams/{id}/resume", resume_team),
+        web.get("/admin/keys", list_keys),
+        web.post("/admin/keys", create_key),
+        web.get("/admin/keys/{id}", get_key),
+        web.patch("/admin/keys/{id}", change_key),
+        web.post("/admin/keys/{id}/suspend", suspend_key),
+        web.post("/admin/keys/{id}/resume", resume_key),
+        web.post("/admin/keys/{id}/revoke", revoke_key),
+    ]
+
+
+async def _accounts(request: web.Request) -> Accounts:
+    """All there are now, whoever made them."""
+    accounts = request.app[STATE].accounts
+    await accounts.refresh()
+    return accounts
+
+
+async def _form(request: web.Request, form: type[F]) -> F:
+    return forms.filled(form, parse_object(await request.read()))
+
+
+def _id(request: web.Request) -> str:
+    return request.match_info["id"]
+
+
+def _range(request: web.Request, narrows: str = "") -> tuple[int, str, str | None]:
+    """What of a list is wanted: how much, what it comes behind, and the value of what narrows it."""
+    given = request.query
+    if unknown := given.keys() - {"limit", "after", narrows}:
+        raise ClientError(400, "invalid_value", f"'{min(unknown)}' is unknown here.", param=min(unknown))
+    limit = given.get("limit", str(_PAGE))
+    if not (limit.isascii() and limit.isdigit() and len(limit) <= 9 and int(limit) >= 1):
+        raise ClientError(400, "invalid_value", "'limit' must be a number from 1 on.", param="limit")
+    return min(int(limit), _MAX_PAGE), given.get("after", ""), given.get(narrows)
+
+
+def _list(found: Sequence[Organisation | Team | VirtualKey], total: int) -> web.Response:
+    return json_response({"object": "list", "data": [_view(row) for row in found], "total": total})
+
+
+def _view(row: Organisation | Team | VirtualKey) -> dict[str, Any]:
+    """A row as it may be seen: nothing of it lets anybody in."""
+    view = row._asdict()
+    if not isinstance(row, Organisation):
+        view |= view.pop("limits")._asdict()
+    if isinstance(row, VirtualKey):
+        view["status"] = row.status(time.time())
+        del view["hash"], view["secret"]
+    return view
