@@ -18,7 +18,7 @@ from proxy.errors import ConfigError, ProxyError
 from proxy.policy.keys import prefix_of
 from proxy.server import accountforms as forms
 from proxy.settings import Settings
-from proxy.store import db, migrations
+from proxy.store import db
 from proxy.store.accounts import Accounts
 
 _DAY_S = 86_400.0
@@ -58,10 +58,7 @@ def add_commands(commands: Any, place: argparse.ArgumentParser) -> None:
 
 async def run(options: argparse.Namespace, settings: Settings) -> int:
     """Do what is asked; gives the exit code. ConfigError when it cannot be done."""
-    try:
-        connection = await db.connect(settings.store.path, migrations.MAIN)
-    except db.UnusableError as error:
-        raise ConfigError([f"store.path: {error}"]) from None
+    connection = await db.connect_main(settings.store)
     try:
         accounts = await Accounts.open(connection, settings)
         match options.command, options.action:

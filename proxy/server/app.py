@@ -70,10 +70,7 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
     """Open everything that calls need, and close it again. ConfigError when the database cannot be used."""
     tasks = Tasks()
     in_flight = InFlight()
-    try:
-        connection = await db.connect(settings.store.path, migrations.MAIN)
-    except db.UnusableError as error:
-        raise ConfigError([f"store.path: {error}"]) from None
+    connection = await db.connect_main(settings.store)
     try:
         known = await Accounts.open(connection, settings)
         capabilities = await CapabilityStore.open(connection, tasks)
@@ -151,24 +148,7 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
             if settings.auth.mode == "keys":
                 await made.accounts.load_secret()
                 made.tasks.spawn(_keep_current(made.accounts), "refresh accounts")
-            loop = asyncio.get_running_loop()
-            state = State(
-                settings,
-                made.routes,
-                made.pipeline,
-                made.passing,
-                made.in_flight,
-                made.circuits,
-                made.capabilities,
-                made.listing,
-                made.accounts,
-                Auth(settings, made.accounts),
-                Limiting(loop.time),
-                Prices(settings.price, {upstream.name: upstream.base_url for upstream in settings.upstream}),
-                made.tasks,
-                report,
-                loop.time,
-            )
+            state = state_of(settings, made, report)
             app = make_app(state)
             app[metrics.METRICS] = metrics.Metrics(calls, made.pipeline, made.circuits, made.session, made.in_flight)
             runner = Runner(
@@ -195,6 +175,28 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
                 await runner.cleanup()
     finally:
         await access_log.close()
+
+
+def state_of(settings: Settings, made: Parts, report: Callable[[Outcome], None]) -> State:
+    """What the faces of a server over these parts share."""
+    now = asyncio.get_running_loop().time
+    return State(
+        settings=settings,
+        routes=made.routes,
+        pipeline=made.pipeline,
+        passing=made.passing,
+        in_flight=made.in_flight,
+        circuits=made.circuits,
+        capabilities=made.capabilities,
+        listing=made.listing,
+        accounts=made.accounts,
+        auth=Auth(settings, made.accounts),
+        limiting=Limiting(now),
+        prices=Prices(settings.price, {upstream.name: upstream.base_url for upstream in settings.upstream}),
+        tasks=made.tasks,
+        report=report,
+        now=now,
+    )
 
 
 def make_app(state: State) -> web.Application:

@@ -19,6 +19,10 @@ from typing import TypeVar, cast
 
 import aiosqlite
 
+from proxy.errors import ConfigError
+from proxy.settings import StoreSettings
+from proxy.store.migrations import MAIN
+
 _PRAGMAS = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=5000; PRAGMA foreign_keys=ON;"
 
 NOWHERE = Path(":memory:")
@@ -76,6 +80,14 @@ async def connect(path: Path, steps: Sequence[str]) -> Connection:
         await connection.close()
         raise
     return connection
+
+
+async def connect_main(store: StoreSettings) -> Connection:
+    """The main database, as `connect` gives it. ConfigError when it cannot be used: nothing goes on without it."""
+    try:
+        return await connect(store.path, MAIN)
+    except UnusableError as error:
+        raise ConfigError([f"store.path: {error}"]) from None
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -13,11 +13,7 @@ import pytest
 from aiohttp import test_utils, web
 
 from proxy.chat import Outcome
-from proxy.policy.pricing import Prices
-from proxy.server.app import make_app, parts
-from proxy.server.auth import Auth
-from proxy.server.limiting import Limiting
-from proxy.server.state import State
+from proxy.server.app import make_app, parts, state_of
 from tests.conftest import Proxy, Start, make_settings
 from tests.fakes.upstream import (
     COMPLETION,
@@ -396,23 +392,7 @@ async def test_an_error_of_our_own_is_told_without_detail(
 
     settings = make_settings(tmp_path, upstream.url)
     async with parts(settings, rows.append) as made:
-        state = State(
-            settings,
-            made.routes,
-            made.pipeline,
-            made.passing,
-            made.in_flight,
-            made.circuits,
-            made.capabilities,
-            made.listing,
-            made.accounts,
-            Auth(settings, made.accounts),
-            Limiting(asyncio.get_running_loop().time),
-            Prices((), {}),
-            made.tasks,
-            rows.append,
-            asyncio.get_running_loop().time,
-        )
+        state = state_of(settings, made, rows.append)
         app = make_app(state)
         app.router.add_get("/boom", boom)
         server = test_utils.TestServer(app)

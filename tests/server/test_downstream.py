@@ -16,14 +16,10 @@ import pytest
 
 from proxy import __version__
 from proxy.chat import Outcome
-from proxy.policy.pricing import Prices
-from proxy.server.app import make_app, parts
-from proxy.server.auth import Auth
+from proxy.server.app import make_app, parts, state_of
 from proxy.server.connection import ClientConnection, Runner
 from proxy.server.door import Door
-from proxy.server.limiting import Limiting
 from proxy.server.openai import CHAT_PATH, chat_completions
-from proxy.server.state import State
 from proxy.server.streams import PREFIX, resume
 from proxy.settings import Settings
 from tests.conftest import Proxy, Start, make_settings
@@ -391,24 +387,7 @@ async def recorded(settings: Settings) -> AsyncIterator[tuple[ClientConnection, 
     """A connection to a proxy whose other end is a recorder, and the calls that were settled."""
     outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
     async with parts(settings, outcomes.put_nowait) as made:
-        now = asyncio.get_running_loop().time
-        state = State(
-            settings,
-            made.routes,
-            made.pipeline,
-            made.passing,
-            made.in_flight,
-            made.circuits,
-            made.capabilities,
-            made.listing,
-            made.accounts,
-            Auth(settings, made.accounts),
-            Limiting(now),
-            Prices((), {}),
-            made.tasks,
-            outcomes.put_nowait,
-            now,
-        )
+        state = state_of(settings, made, outcomes.put_nowait)
         door = Door(state, CHAT_PATH, chat_completions, PREFIX, resume)
         runner = Runner(make_app(state), door, access_log=None)
         await runner.setup()
