@@ -20,7 +20,7 @@ from proxy.errors import ClientError, ConfigError, ProxyError
 from proxy.server import accountforms as forms
 from proxy.server.downstream import json_response
 from proxy.server.state import STATE
-from proxy.store.account_rows import Organisation, Team, VirtualKey
+from proxy.store.account_rows import Organisation, R, Team, VirtualKey
 from proxy.store.accounts import Accounts
 from proxy.wire.requests import parse_object
 
@@ -50,9 +50,7 @@ async def get_organisation(request: web.Request) -> web.StreamResponse:
 
 async def change_organisation(request: web.Request) -> web.StreamResponse:
     """PATCH /admin/organisations/{id}"""
-    accounts = await _accounts(request)
-    form = await _form(request, forms.OrganisationChanges)
-    return json_response(_view(await accounts.change(Organisation, _id(request), **form)))
+    return await _changed(request, Organisation, **await _form(request, forms.OrganisationChanges))
 
 
 async def list_teams(request: web.Request) -> web.StreamResponse:
@@ -76,21 +74,17 @@ async def get_team(request: web.Request) -> web.StreamResponse:
 
 async def change_team(request: web.Request) -> web.StreamResponse:
     """PATCH /admin/teams/{id}"""
-    accounts = await _accounts(request)
-    form = await _form(request, forms.TeamChanges)
-    return json_response(_view(await accounts.change(Team, _id(request), **form)))
+    return await _changed(request, Team, **await _form(request, forms.TeamChanges))
 
 
 async def suspend_team(request: web.Request) -> web.StreamResponse:
     """POST /admin/teams/{id}/suspend: its keys are good for nothing until it is resumed. What runs may end."""
-    accounts = await _accounts(request)
-    return json_response(_view(await accounts.change(Team, _id(request), is_suspended=True)))
+    return await _changed(request, Team, is_suspended=True)
 
 
 async def resume_team(request: web.Request) -> web.StreamResponse:
     """POST /admin/teams/{id}/resume"""
-    accounts = await _accounts(request)
-    return json_response(_view(await accounts.change(Team, _id(request), is_suspended=False)))
+    return await _changed(request, Team, is_suspended=False)
 
 
 async def list_keys(request: web.Request) -> web.StreamResponse:
@@ -120,21 +114,17 @@ async def get_key(request: web.Request) -> web.StreamResponse:
 
 async def change_key(request: web.Request) -> web.StreamResponse:
     """PATCH /admin/keys/{id}"""
-    accounts = await _accounts(request)
-    form = await _form(request, forms.KeyChanges)
-    return json_response(_view(await accounts.change(VirtualKey, _id(request), **form)))
+    return await _changed(request, VirtualKey, **await _form(request, forms.KeyChanges))
 
 
 async def suspend_key(request: web.Request) -> web.StreamResponse:
     """POST /admin/keys/{id}/suspend"""
-    accounts = await _accounts(request)
-    return json_response(_view(await accounts.change(VirtualKey, _id(request), is_suspended=True)))
+    return await _changed(request, VirtualKey, is_suspended=True)
 
 
 async def resume_key(request: web.Request) -> web.StreamResponse:
     """POST /admin/keys/{id}/resume"""
-    accounts = await _accounts(request)
-    return json_response(_view(await accounts.change(VirtualKey, _id(request), is_suspended=False)))
+    return await _changed(request, VirtualKey, is_suspended=False)
 
 
 async def revoke_key(request: web.Request) -> web.StreamResponse:
@@ -170,6 +160,11 @@ async def _accounts(request: web.Request) -> Accounts:
     accounts = request.app[STATE].accounts
     await accounts.refresh()
     return accounts
+
+
+async def _changed(request: web.Request, kind: type[R], **changes: Any) -> web.StreamResponse:
+    """The row that the path names, with these changes."""
+    return json_response(_view(await (await _accounts(request)).change(kind, _id(request), **changes)))
 
 
 async def _form(request: web.Request, form: type[F]) -> F:
