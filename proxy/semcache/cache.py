@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Literal, NamedTuple
 
-from proxy.chat import Lookup
+from proxy.chat import CacheWish, Lookup
 from proxy.policy.guard import threshold
 from proxy.policy.trust import Trust, lowest_threshold, same_answer
 from proxy.semcache.embedder import EmbeddingError, make_embedder
@@ -29,7 +29,7 @@ from proxy.semcache.vectors import Vectors
 from proxy.settings import CacheSettings, Settings
 from proxy.store.answers import AnswerStore
 from proxy.store.db import Connection
-from proxy.store.entries import Entry, NewEntry, Question
+from proxy.store.entries import Entry, Facts, NewEntry, Question
 from proxy.tasks import Tasks
 from proxy.upstream.session import UpstreamSession
 
@@ -68,6 +68,16 @@ class Figures:
     """For each target, the tokens of question and answer that it need not have been asked for."""
 
 
+def age_s_of(facts: Facts) -> float:
+    """How old an answer is, in seconds; 0 where the clock was set back."""
+    return max(0.0, time.time() - facts.created_at)
+
+
+def is_young_enough(age_s: float, wish: CacheWish) -> bool:
+    """Whether an answer of that age may be given to who wishes that."""
+    return wish.max_age_s is None or age_s < wish.max_age_s
+
+
 class AnswerCache:
     """All answers that may be given again. `worker` has one thread; `vectors` is None where nothing is compared by meaning."""
 
@@ -86,7 +96,8 @@ class AnswerCache:
         """Why nothing can be kept, in words."""
         self._loop = asyncio.get_running_loop()
         self._budget_s = settings.lookup_budget_ms / 1000
-        self._threshold = threshold(settings.max_error_rate)
+        self.threshold = threshold(settings.max_error_rate)
+        """The lowest score at which an entry may be given of whose near matches nothing is known."""
         self._told_at: float | None = None
         self._is_closed = False
 
@@ -137,7 +148,7 @@ class AnswerCache:
         if lookup.partition is None or not self.meaning.has(lookup.partition):
             return None
         for candidate in await self.meaning.candidates(lookup.partition, lookup.question):
-            if candidate.objections or candidate.score < lowest_threshold(self._threshold):
+            if candidate.objections or candidate.score < lowest_threshold(self.threshold):
                 continue
             hit = await self._hit(candidate.id, "semantic", candidate.score, lookup)
             if hit is not None and candidate.score >= self.threshold_of(hit.entry):
@@ -149,9 +160,8 @@ class AnswerCache:
         entry = await self.store.get(entry_id)
         if entry is None or entry.scope != lookup.scope:
             return None
-        age_s = max(0.0, time.time() - entry.created_at)
-        max_age_s = lookup.wish.max_age_s
-        return None if max_age_s is not None and age_s >= max_age_s else Hit(entry, kind, score, age_s)
+        age_s = age_s_of(entry)
+        return Hit(entry, kind, score, age_s) if is_young_enough(age_s, lookup.wish) else None
 
     def threshold_of(self, entry: Entry) -> float:
         """The lowest score at which this entry may be given, from what is known of its near matches."""
@@ -162,7 +172,7 @@ class AnswerCache:
             none.lowest_right if entry.lowest_right is None else entry.lowest_right,
             none.highest_wrong if entry.highest_wrong is None else entry.highest_wrong,
         )
-        return trust.threshold(self._threshold)
+        return trust.threshold(self.threshold)
 
     # ------------------------------------------------------------------ keeping
 
@@ -221,29 +231,42 @@ async def opened(
 
     With a `problem` of that database, nothing is kept nor compared.
     """
-    caching = settings.cache
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="semcache") as worker:
         vectors: Vectors | None = None
         if "semantic" in settings.cache_tiers and problem is None:
             # Importing FAISS holds up everything for 0.1 s: before serving.
             import_module("proxy.semcache.index")
             try:
-                vectors = Vectors(make_embedder(caching.embedder, session, worker))
+                vectors = Vectors(make_embedder(settings.cache.embedder, session, worker))
             except (EmbeddingError, ValueError) as error:
                 _log.warning("questions are not compared by meaning: %s", error)
-        store = await AnswerStore.open(
-            connection,
-            tasks,
-            max_entries=caching.max_entries if problem is None else 0,
-            max_bytes=int(caching.max_mb * 1024 * 1024),
-            memory_bytes=int(caching.memory_mb * 1024 * 1024),
-            now=time.time,
-            on_gone=lambda ids: cache.meaning.gone(ids),
-        )
-        cache = AnswerCache(caching, store, vectors, worker, problem)
-        cache.meaning.start()
-        try:
+        async with opened_with(settings.cache, connection, vectors, worker, tasks, problem) as cache:
             yield cache
-        finally:
-            await cache.close()
-            await store.close()
+
+
+@asynccontextmanager
+async def opened_with(
+    caching: CacheSettings,
+    connection: Connection,
+    vectors: Vectors | None,
+    worker: ThreadPoolExecutor,
+    tasks: Tasks,
+    problem: str | None = None,
+) -> AsyncIterator[AnswerCache]:
+    """The cache with these vectors, whose `worker` has one thread; they are closed with it."""
+    store = await AnswerStore.open(
+        connection,
+        tasks,
+        max_entries=caching.max_entries if problem is None else 0,
+        max_bytes=int(caching.max_mb * 1024 * 1024),
+        memory_bytes=int(caching.memory_mb * 1024 * 1024),
+        now=time.time,
+        on_gone=lambda ids: cache.meaning.gone(ids),
+    )
+    cache = AnswerCache(caching, store, vectors, worker, problem)
+    cache.meaning.start()
+    try:
+        yield cache
+    finally:
+        await cache.close()
+        await store.close()

@@ -10,8 +10,7 @@ from aiohttp import web
 
 from proxy.chat import LOCAL, Lookup, Target
 from proxy.errors import ClientError, OverloadedError
-from proxy.policy.guard import threshold
-from proxy.semcache.cache import Figures
+from proxy.semcache.cache import Figures, age_s_of, is_young_enough
 from proxy.semcache.embedder import EmbeddingError
 from proxy.semcache.meaning import Candidate
 from proxy.server.auth import caller_of
@@ -48,7 +47,7 @@ async def figures(request: web.Request) -> web.StreamResponse:
                 "is_ready": cache.meaning.is_ready,
                 "indexed": cache.meaning.indexed,
                 "bytes": cache.meaning.index_bytes,
-                "threshold": round(threshold(state.settings.cache.max_error_rate), 4),
+                "threshold": round(cache.threshold, 4),
             },
             "since_start": {
                 "lookups": lookups,
@@ -134,8 +133,7 @@ async def explain(request: web.Request) -> web.StreamResponse:
 async def _by_meaning(state: State, lookup: Lookup) -> dict[str, Any]:
     """What a request finds by its meaning."""
     cache = state.pipeline.cache
-    least = threshold(state.settings.cache.max_error_rate)
-    found: dict[str, Any] = {"question": lookup.question or None, "threshold": round(least, 4), "nearest": []}
+    found: dict[str, Any] = {"question": lookup.question or None, "threshold": round(cache.threshold, 4), "nearest": []}
     if not cache.meaning.is_on:
         return found | {"why": "Nothing is compared by meaning here: see cache.semantic, and the log for the embedder."}
     if lookup.partition is None:
@@ -150,7 +148,7 @@ async def _by_meaning(state: State, lookup: Lookup) -> dict[str, Any]:
     for candidate in candidates:
         entry = await cache.store.get(candidate.id)
         if entry is not None:
-            is_fresh = lookup.wish.max_age_s is None or time.time() - entry.created_at < lookup.wish.max_age_s
+            is_fresh = is_young_enough(age_s_of(entry), lookup.wish)
             found["nearest"].append(_candidate(candidate, entry, cache.threshold_of(entry), is_fresh=is_fresh))
     served = next((one for one in found["nearest"] if one["would_be_served"]), None)
     if served is not None:
@@ -188,7 +186,6 @@ def _saved(state: State, figures: Figures) -> dict[str, Any]:
 
 
 def _facts(facts: Facts) -> dict[str, Any]:
-    now = time.time()
     return {
         "id": facts.id,
         "model": facts.model,
@@ -201,7 +198,7 @@ def _facts(facts: Facts) -> dict[str, Any]:
         "prompt_tokens": facts.prompt_tokens,
         "completion_tokens": facts.completion_tokens,
         "created_at": facts.created_at,
-        "age_s": round(max(0.0, now - facts.created_at), 1),
+        "age_s": round(age_s_of(facts), 1),
         "expires_at": facts.expires_at,
         "used_at": facts.used_at,
         "hits": facts.hits,

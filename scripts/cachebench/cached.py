@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from proxy.chat import NO_CACHE_WISH, Lookup
-from proxy.semcache.cache import AnswerCache
+from proxy.semcache.cache import AnswerCache, opened_with
 from proxy.semcache.embedder import Embedder, EmbeddingError, Vector
 from proxy.semcache.vectors import Vectors
 from proxy.settings import CacheSettings
-from proxy.store.answers import AnswerStore
 from proxy.store.db import connect
 from proxy.store.entries import NewEntry
 from proxy.store.migrations import CACHE
@@ -32,7 +31,6 @@ MINILM = "all-MiniLM-L6-v2-int8"
 
 SETTINGS = CacheSettings(lookup_budget_ms=60_000)
 
-_MIB = 2**20
 _LOOK_S = 0.01
 _LOOKS = 9000
 
@@ -145,25 +143,13 @@ async def opened(path: Path, embedder: Embedder, settings: CacheSettings = SETTI
     """A cache on the database at `path`, which is made if it is missing; the embedder is closed with it."""
     connection = await connect(path, CACHE)
     tasks = Tasks()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="semcache") as worker:
-        store = await AnswerStore.open(
-            connection,
-            tasks,
-            max_entries=settings.max_entries,
-            max_bytes=int(settings.max_mb * _MIB),
-            memory_bytes=int(settings.memory_mb * _MIB),
-            now=time.time,
-            on_gone=lambda ids: cache.meaning.gone(ids),
-        )
-        cache = AnswerCache(settings, store, Vectors(embedder), worker)
-        cache.meaning.start()
-        try:
-            yield Cached(cache)
-        finally:
-            await cache.close()
-            await store.close()
-            await tasks.close()
-            await connection.close()
+    try:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="semcache") as worker:
+            async with opened_with(settings, connection, Vectors(embedder), worker, tasks) as cache:
+                yield Cached(cache)
+    finally:
+        await tasks.close()
+        await connection.close()
 
 
 def _lookup(partition: str, question: str) -> Lookup:
