@@ -21,6 +21,7 @@ from hypothesis import settings
 from proxy.config import load
 from proxy.server.app import serving
 from proxy.settings import Settings
+from tests.fakes.caching import embeddings
 from tests.fakes.upstream import FakeUpstream
 
 # `make fuzz` runs the property tests with the deep profile, `make test` with the default one.
@@ -130,6 +131,14 @@ async def running_proxy(settings: Settings) -> AsyncIterator[Proxy]:
     ledger = Ledger()
     async with serving(settings, ledger) as port, aiohttp.ClientSession() as client:  # type: ignore[arg-type]
         yield Proxy(f"http://127.0.0.1:{port}/v1", client, ledger)
+
+
+@pytest.fixture
+async def embedder() -> AsyncIterator[FakeUpstream]:
+    """An upstream that makes vectors."""
+    async with FakeUpstream() as fake:
+        fake.plays(embeddings)
+        yield fake
 
 
 @pytest.fixture

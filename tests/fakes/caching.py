@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from proxy.policy.scale import ANCHORS
-from tests.conftest import Proxy
 from tests.fakes.upstream import FakeUpstream, Received, Wire, answer
+
+if TYPE_CHECKING:
+    from tests.conftest import Proxy
 
 ASKED = "How do I reset my password?"
 LIKE = "how do I reset MY password"
 UNLIKE = "Which rivers flow through Vienna?"
+
+BY_MEANING: dict[str, Any] = {"embedder": "upstream:up2/small", "verify_rate": 0, "lookup_budget_ms": 20_000}
+"""The settings of a cache whose embedder is the second upstream, and that leaves the first alone but for what is asked."""
 
 _LONG = 30
 _MEASURES = {text for anchor in ANCHORS for text in (anchor.a, anchor.b)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,12 +10,12 @@ import pytest
 from tests.conftest import Proxy, Start, make_settings, running_proxy
 from tests.fakes.caching import (
     ASKED,
+    BY_MEANING,
     LIKE,
     UNLIKE,
     asking,
     cache,
     embedded,
-    embeddings,
     entries,
     fate,
     has_indexed,
@@ -45,15 +44,7 @@ from tests.fakes.upstream import (
 from tests.journeys.test_coalescing import clients, is_noticed
 
 EXACT: dict[str, Any] = {"exact": True, "semantic": False}
-BY_MEANING: dict[str, Any] = {"embedder": "upstream:up2/small", "verify_rate": 0, "lookup_budget_ms": 20_000}
 WHOLE = stream(role(), text("Hello"), finish(), usage())
-
-
-@pytest.fixture
-async def embedder() -> AsyncIterator[FakeUpstream]:
-    async with FakeUpstream() as fake:
-        fake.plays(embeddings)
-        yield fake
 
 
 @pytest.fixture

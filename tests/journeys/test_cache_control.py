@@ -8,13 +8,23 @@ from typing import Any
 import pytest
 
 from tests.conftest import Start
-from tests.fakes.caching import ASKED, LIKE, asking, cache, embeddings, entries, fate, has_indexed, has_kept
+from tests.fakes.caching import (
+    ASKED,
+    BY_MEANING,
+    LIKE,
+    asking,
+    cache,
+    embeddings,
+    entries,
+    fate,
+    has_indexed,
+    has_kept,
+)
 from tests.fakes.upstream import FakeUpstream, answer, echo, finish, role, stream, text, usage
 from tests.journeys.test_coalescing import is_noticed
 from tests.test_command import ask, command
 
 EXACT: dict[str, Any] = {"exact": True, "semantic": False}
-BY_MEANING: dict[str, Any] = {"embedder": "upstream:up2/small", "verify_rate": 0, "lookup_budget_ms": 20_000}
 WHOLE = stream(role(), text("Hello"), finish(), usage())
 
 

@@ -28,12 +28,12 @@ from proxy.store.migrations import MAIN
 from tests.conftest import Ledger, Proxy, make_settings, running_proxy
 from tests.fakes.caching import (
     ASKED,
+    BY_MEANING,
     LIKE,
     UNLIKE,
     asking,
     cache,
     embedded,
-    embeddings,
     fate,
     has_indexed,
     has_kept,
@@ -42,27 +42,15 @@ from tests.fakes.upstream import FakeUpstream, echo
 from tests.test_command import Command, command
 
 # Nothing is in memory: each answer that is served is one that was read from the disk.
-BY_MEANING: dict[str, Any] = {
-    "embedder": "upstream:up2/small",
-    "verify_rate": 0,
-    "lookup_budget_ms": 20_000,
-    "memory_mb": 0,
-}
+FROM_DISK = BY_MEANING | {"memory_mb": 0}
 ONLY_CACHED = {"Cache-Control": "only-if-cached"}
 _LONG = 30
 
 
 @pytest.fixture
-async def embedder() -> AsyncIterator[FakeUpstream]:
-    async with FakeUpstream() as fake:
-        fake.plays(embeddings)
-        yield fake
-
-
-@pytest.fixture
 def settings(tmp_path: Path, upstream: FakeUpstream, embedder: FakeUpstream) -> Settings:
     upstream.plays(echo)
-    return make_settings(tmp_path, upstream.url, embedder.url, cache=BY_MEANING)
+    return make_settings(tmp_path, upstream.url, embedder.url, cache=FROM_DISK)
 
 
 async def keep(settings: Settings, *questions: str) -> None:

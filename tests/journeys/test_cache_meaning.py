@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import Proxy, Start, make_settings
 from tests.fakes.caching import (
     ASKED,
+    BY_MEANING,
     LIKE,
     UNLIKE,
     asking,
@@ -40,17 +41,9 @@ from tests.fakes.upstream import (
 from tests.journeys.test_coalescing import is_noticed, nothing_is_left
 from tests.journeys.test_shutdown import _stopping as stopping_proxy
 
-BY_MEANING: dict[str, Any] = {"embedder": "upstream:up2/small", "verify_rate": 0, "lookup_budget_ms": 20_000}
 _LONG = 30
 
 Meaning = Callable[..., Awaitable[Proxy]]
-
-
-@pytest.fixture
-async def embedder() -> AsyncIterator[FakeUpstream]:
-    async with FakeUpstream() as fake:
-        fake.plays(embeddings)
-        yield fake
 
 
 @pytest.fixture

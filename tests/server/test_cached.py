@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator
 from contextlib import closing
 from itertools import product
 from pathlib import Path
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from tests.conftest import Proxy, Start, examples, make_settings, running_proxy
 from tests.fakes.caching import (
     ASKED,
+    BY_MEANING,
     LIKE,
     UNLIKE,
     asking,
@@ -48,7 +48,6 @@ from tests.fakes.upstream import (
 from tests.server.test_admin import metrics
 from tests.upstream.conftest import Authority
 
-BY_MEANING: dict[str, Any] = {"embedder": "upstream:up2/small", "verify_rate": 0, "lookup_budget_ms": 20_000}
 _LONG = 30
 
 MODELS = """
@@ -61,13 +60,6 @@ name = "exact"
 targets = ["up/model-a"]
 cache = "exact"
 """
-
-
-@pytest.fixture
-async def embedder() -> AsyncIterator[FakeUpstream]:
-    async with FakeUpstream() as fake:
-        fake.plays(embeddings)
-        yield fake
 
 
 @pytest.fixture
