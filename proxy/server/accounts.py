@@ -16,15 +16,14 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from proxy.errors import ClientError, ConfigError, ProxyError
+from proxy.errors import ConfigError, ProxyError
 from proxy.server import accountforms as forms
 from proxy.server.downstream import json_response
+from proxy.server.queries import check_names, page_size
 from proxy.server.state import STATE
 from proxy.store.account_rows import Organisation, R, Team, VirtualKey
 from proxy.store.accounts import Accounts
 from proxy.wire.requests import parse_object
-
-_PAGE, _MAX_PAGE = 100, 1000
 
 F = TypeVar("F")
 
@@ -178,12 +177,8 @@ def _id(request: web.Request) -> str:
 def _range(request: web.Request, narrows: str = "") -> tuple[int, str, str | None]:
     """What of a list is wanted: how much, what it comes behind, and the value of what narrows it."""
     given = request.query
-    if unknown := given.keys() - {"limit", "after", narrows}:
-        raise ClientError(400, "invalid_value", f"'{min(unknown)}' is unknown here.", param=min(unknown))
-    limit = given.get("limit", str(_PAGE))
-    if not (limit.isascii() and limit.isdigit() and len(limit) <= 9 and int(limit) >= 1):
-        raise ClientError(400, "invalid_value", "'limit' must be a number from 1 on.", param="limit")
-    return min(int(limit), _MAX_PAGE), given.get("after", ""), given.get(narrows)
+    check_names(given, ("limit", "after", narrows))
+    return page_size(given, most_digits=9), given.get("after", ""), given.get(narrows)
 
 
 def _list(found: Sequence[Organisation | Team | VirtualKey], total: int) -> web.Response:

@@ -15,15 +15,13 @@ from proxy.semcache.embedder import EmbeddingError
 from proxy.semcache.meaning import Candidate
 from proxy.server.auth import caller_of
 from proxy.server.downstream import json_response
+from proxy.server.queries import check_names, number, page_size
 from proxy.server.state import STATE, State
 from proxy.store.accounts import caller_of_team
 from proxy.store.entries import Entry, Facts
 from proxy.wire.encoding import loads
 from proxy.wire.headers import upstream_headers
 from proxy.wire.requests import parse_chat_request, parse_wishes
-
-_PAGE = 100
-_MAX_PAGE = 1000
 
 
 async def figures(request: web.Request) -> web.StreamResponse:
@@ -68,8 +66,7 @@ async def figures(request: web.Request) -> web.StreamResponse:
 async def delete_many(request: web.Request) -> web.StreamResponse:
     """DELETE /admin/cache?model=…&namespace=…: forget all answers to which that applies; all there are, with `all=true`."""
     given = request.query
-    if unknown := given.keys() - {"model", "namespace", "all"}:
-        raise ClientError(400, "invalid_value", f"'{min(unknown)}' is unknown here.", param=min(unknown))
+    check_names(given, ("model", "namespace", "all"))
     if not ("model" in given or "namespace" in given) and given.get("all") != "true":
         raise ClientError(400, "missing_required_parameter", "Say model, namespace, or all=true.", param="model")
     store = request.app[STATE].pipeline.cache.store
@@ -80,12 +77,10 @@ async def delete_many(request: web.Request) -> web.StreamResponse:
 async def list_entries(request: web.Request) -> web.StreamResponse:
     """GET /admin/cache/entries?limit=&before=&model=&namespace=: the newest first; `before` is an id to go on behind."""
     given = request.query
-    limit = _number(given["limit"], "limit", at_least=1) if "limit" in given else _PAGE
-    before = _number(given["before"], "before", at_least=1) if "before" in given else None
+    limit = page_size(given)
+    before = number(given["before"], "before", at_least=1) if "before" in given else None
     store = request.app[STATE].pipeline.cache.store
-    found = await store.entries(
-        min(limit, _MAX_PAGE), before, model=given.get("model"), namespace=given.get("namespace")
-    )
+    found = await store.entries(limit, before, model=given.get("model"), namespace=given.get("namespace"))
     return json_response({"object": "list", "data": [_facts(facts) for facts in found]})
 
 
@@ -208,13 +203,7 @@ def _facts(facts: Facts) -> dict[str, Any]:
 
 
 def _id(request: web.Request) -> int:
-    return _number(request.match_info["id"], "id", at_least=0)
-
-
-def _number(text: str, name: str, *, at_least: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) >= at_least):
-        raise ClientError(400, "invalid_value", f"'{name}' must be a number from {at_least} on.", param=name)
-    return int(text)
+    return number(request.match_info["id"], "id", at_least=0)
 
 
 def _no_entry(request: web.Request) -> ClientError:
