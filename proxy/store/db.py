@@ -82,6 +82,28 @@ async def connect(path: Path, steps: Sequence[str]) -> Connection:
     return connection
 
 
+def reading(path: Path, steps: Sequence[str]) -> sqlite3.Connection:
+    """The database at `path`, beside whoever writes it, and to be read only. The caller closes it; it blocks.
+
+    UnusableError when there is none, or one with other steps: who only reads cannot bring it up to date.
+    """
+    if not path.is_file():
+        raise UnusableError(f"there is no {path}: nothing was ever called here")
+    try:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            connection.execute("PRAGMA busy_timeout=5000")
+            if _known_version(path, steps, connection) < len(steps):
+                words = "was written by an older version of the proxy, and is brought up to date when the proxy starts"
+                raise UnusableError(f"{path} {words}")
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.Error as error:
+        raise UnusableError(f"{path} cannot be read: {error}") from None
+    return connection
+
+
 async def connect_main(store: StoreSettings) -> Connection:
     """The main database, as `connect` gives it. ConfigError when it cannot be used: nothing goes on without it."""
     try:
@@ -116,9 +138,7 @@ def _transact(connection: sqlite3.Connection, work: Work[T], *, durable: bool) -
 
 
 async def _migrate(connection: Connection, path: Path, steps: Sequence[str]) -> None:
-    version = await connection.run(_version)
-    if version > len(steps):
-        raise UnusableError(f"{path} was written by a newer version of the proxy")
+    version = await connection.run(partial(_known_version, path, steps))
     for step in range(version, len(steps)):
         await connection.transact(partial(_take_step, step, steps[step]))
 
@@ -129,6 +149,13 @@ def _take_step(step: int, statements: str, connection: sqlite3.Connection) -> No
         for statement in statements.split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version={step + 1}")
+
+
+def _known_version(path: Path, steps: Sequence[str], connection: sqlite3.Connection) -> int:
+    version = _version(connection)
+    if version > len(steps):
+        raise UnusableError(f"{path} was written by a newer version of the proxy")
+    return version
 
 
 def _version(connection: sqlite3.Connection) -> int:
