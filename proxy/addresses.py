@@ -18,6 +18,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_private(host: str) -> bool:
+    """Whether `host` stands for this machine or one of a private network, so that nobody public can be there.
+
+    Addresses are so by the registries of RFC 6890 (loopback, RFC 1918, RFC 4193, RFC 6598, link-local), names by RFC 6761
+    §6.3, RFC 6762 §3, RFC 8375, and where
+    they end in `.internal`, which ICANN keeps free for this, or have no dot, as those of containers.
+    """
+    try:
+        return not ip_address(host.strip("[]")).is_global
+    except ValueError:
+        name = host.rstrip(".").lower()
+    return "." not in name or name.endswith((".localhost", ".local", ".home.arpa", ".internal"))
+
+
 def is_base_url(url: str) -> bool:
     """Whether an API can begin at this URL."""
     try:

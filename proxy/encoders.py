@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.chat import ChatRequest, Usage
+from proxy.childprocess import reply_line, running
 from proxy.tasks import Tasks
 from proxy.wire.encoding import dumps, loads
 
@@ -133,7 +132,7 @@ class Encoders:
         while True:
             await self._has_some.wait()
             try:
-                async with self._running() as process:
+                async with running("proxy.tokenizer", str(self._cache_dir)) as process:
                     await self._count_first(process)
                     # One that was killed while it had nothing to do is no reason to give anything up.
                     while await self._comes_soon() and process.returncode is None:
@@ -153,34 +152,9 @@ class Encoders:
                 await self._has_some.wait()
         return bool(self._waiting)
 
-    @asynccontextmanager
-    async def _running(self) -> AsyncIterator[Process]:
-        """A process that counts, for as long as the block lasts. OSError when it cannot be started."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-P", "-m", "proxy.tokenizer"),
-            str(self._cache_dir),
-            stdin=PIPE,
-            stdout=PIPE,
-            # It finds this package, and all others, where the server has found them.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            # Ctrl-C in a terminal goes to the whole group: the last calls are yet to be counted.
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        try:
-            yield process
-        finally:
-            # It has nothing to lose, and may be in the midst of a long count.
-            with suppress(ProcessLookupError):
-                process.kill()
-            process.stdin.close()
-            # Read to its end, or the pipe is still open when the event loop closes.
-            await process.communicate()
-
     async def _ask(self, process: Process, question: _Question) -> Usage | None:
         """One question and its reply. EOFError when the process ends before it, TimeoutError when it takes too long."""
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             async with asyncio.timeout(self._limit_s):
                 # Where it cannot be written, there is no reply either.
@@ -191,9 +165,7 @@ class Encoders:
                         await process.stdin.drain()
                         # `drain` itself lets nobody else go first while the pipe has room.
                         await asyncio.sleep(0)
-                line = await process.stdout.readline()
-                if not line.endswith(b"\n"):
-                    raise EOFError(f"its process ended with {await process.wait()}")
+                line = await reply_line(process)
         except TimeoutError:
             raise TimeoutError(f"its process did not answer within {self._limit_s:g} s") from None
         reply = loads(line)

@@ -1,8 +1,8 @@
 """What a call costs, and what is charged for it. Money is an integer of millionths of a US dollar.
 
 The *cost* is what the upstream takes, by the `[[price]]` of the settings that fits its model, or else by the provider's public
-price; these come with the package genai-prices, and nothing is fetched (https://github.com/pydantic/genai-prices). The *charged*
-price is the cost with a markup. A price that nobody knows is None, and never 0: what is free must be said to be.
+price, which has to be looked up elsewhere (proxy/pricelookup.py) and is remembered here. The *charged* price is the cost with a
+markup. A price that nobody knows is None, and never 0: what is free must be said to be.
 
 A price is an integer of micro-dollars for a million tokens, so that cost is summed exactly. It is then rounded to the next
 micro-dollar, a half to the even one, that sums of many calls are right; the charged price is rounded up.
@@ -11,18 +11,21 @@ micro-dollar, a half to the even one, that sums of many calls are right; the cha
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from proxy.addresses import is_private
 from proxy.chat import Target
 from proxy.settings import PriceSettings, matches
 
-if TYPE_CHECKING:
-    from genai_prices.types import ModelInfo, ModelPrice
+DAY_US = 86_400_000_000
 
 _MILLION = 1_000_000
 _MAX_REMEMBERED = 4096
+
+# The longest name that has a public price is some 60 characters long; a client's can be as long as its request.
+_MAX_NAME = 256
 
 _NO_MARKUP = Decimal(0)
 
@@ -50,20 +53,64 @@ class Charge(NamedTuple):
 
 _UNKNOWN = Charge(None, None)
 
-_Tiers = tuple[tuple[int, Rates], ...]
+Tiers = tuple[tuple[int, Rates], ...]
 """Rates by the number of tokens that a prompt has more than, the highest first, and last -1. They hold for all of its tokens."""
 
 
-class Prices:
-    """The prices of one configuration. Which hold for a target is remembered; a call's charge takes 3 µs then.
+class Period(NamedTuple):
+    """The rates of a model while they hold; no tiers where nobody knows any.
 
-    The first target that no `[[price]]` fits reads all public prices, which takes some 0.4 s and 25 MB.
+    They hold since a moment, in microseconds since 1970, or between two of each day, in microseconds since midnight: the
+    first included, the second not, and over midnight where the second is the smaller one. Both in UTC. None for always.
+    """
+
+    tiers: Tiers
+    since_us: int | None = None
+    daily_us: tuple[int, int] | None = None
+
+    def holds(self, now_us: int) -> bool:
+        """Whether they do at a moment, in microseconds since 1970."""
+        if self.since_us is not None and now_us < self.since_us:
+            return False
+        if self.daily_us is None:
+            return True
+        (start, end), now = self.daily_us, now_us % DAY_US
+        return start <= now < end if start <= end else now >= start or now < end
+
+
+Published = tuple[Period, ...]
+"""A model's public prices: the first one that holds is right, and the last one always holds. None at all where it has none."""
+
+
+def as_data(published: Published) -> list[Any]:
+    """Public prices as JSON has them."""
+    return [
+        [[[start, list(rates)] for start, rates in period.tiers], period.since_us, period.daily_us]
+        for period in published
+    ]
+
+
+def of_data(data: list[Any]) -> Published:
+    """The public prices that `as_data` has made data of."""
+    return tuple(
+        Period(tuple((start, Rates(*rates)) for start, rates in tiers), since_us, daily_us and tuple(daily_us))
+        for tiers, since_us, daily_us in data
+    )
+
+
+class Prices:
+    """The prices of one configuration, and the public ones that it was told. A call's charge takes 3 µs.
+
+    What a target costs that no `[[price]]` fits is unknown until it is told by `remember`, unless it is where nobody public is.
     """
 
     def __init__(self, entries: Iterable[PriceSettings], base_urls: Mapping[str, str]) -> None:
-        """`base_urls` maps the names of upstreams to where they are: public prices are a provider's at its address."""
+        """`base_urls` maps the names of upstreams to where they are: public prices are a provider's at its address.
+
+        An address counts and not the way to it: behind a Unix socket somebody may pass things on to a provider.
+        """
         self._entries = tuple(entries)
-        self._base_urls = base_urls
+        self._base_urls = {name: url for name, url in base_urls.items() if not is_private(urlsplit(url).hostname or "")}
         self._remembered: dict[Target, _Known] = {}
 
     def charge(
@@ -84,8 +131,8 @@ class Prices:
         Pictures, sound, searches and writing to an upstream's cache are not counted.
         """
         known = self._known(target)
-        rates = known.rates(prompt, now)
-        if rates is None:
+        rates = None if known is None else known.rates(prompt, now)
+        if known is None or rates is None:
             return _UNKNOWN
         cached, reasoning = min(cached, prompt), min(reasoning, completion)
         parts = rates.request + (prompt - cached) * rates.input + cached * rates.cached
@@ -105,56 +152,68 @@ class Prices:
 
     def rates(self, target: Target, prompt: int, now: float) -> Rates | None:
         """The prices of a target for a prompt of so many tokens, at a moment; None where they are unknown."""
-        return self._known(target).rates(prompt, now)
+        known = self._known(target)
+        return None if known is None else known.rates(prompt, now)
 
-    def _known(self, target: Target) -> _Known:
-        found = self._remembered.get(target)
-        if found is None:
-            found = self._find(target)
-            if len(self._remembered) >= _MAX_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[target] = found
-        return found
+    def knows(self, target: Target) -> bool:
+        """Whether all is known that there is to know of a target's price; if not, it is to be looked up and remembered."""
+        return self._known(target) is not None
 
-    def _find(self, target: Target) -> _Known:
-        fitting = [entry for entry in self._entries if _fits(entry, target)]
-        markups = (entry.markup_percent for entry in fitting if entry.markup_percent is not None)
-        markup = _markup(next(markups, _NO_MARKUP))
-        for entry in fitting:
+    def base_url(self, target: Target) -> str:
+        """Where the provider is whose public price is a target's."""
+        return self._base_urls[target.upstream]
+
+    def remember(self, target: Target, published: Published) -> None:
+        """Take a target's public prices for right. Those of the last few thousand targets are remembered."""
+        self._keep(target, _Known(self._markup_of(target), published))
+
+    def _known(self, target: Target) -> _Known | None:
+        return self._remembered.get(target) or self._find(target)
+
+    def _find(self, target: Target) -> _Known | None:
+        """What is known of a target without a look at public prices."""
+        for entry in self._fitting(target):
             if (rates := _configured(entry)) is not None:
-                return _Known(markup, tiers=((-1, rates),))
-        model = _public(target.model, self._base_urls.get(target.upstream, ""))
-        return _Known(markup, model=model)
+                return self._keep(target, _Known(self._markup_of(target), (Period(((-1, rates),)),)))
+        if target.upstream in self._base_urls and len(target.model) <= _MAX_NAME:
+            return None
+        return self._keep(target, _NOT_PUBLIC)
+
+    def _keep(self, target: Target, known: _Known) -> _Known:
+        if len(self._remembered) >= _MAX_REMEMBERED:
+            # The oldest, lest somebody has waited for one that is gone at once.
+            del self._remembered[next(iter(self._remembered))]
+        self._remembered[target] = known
+        return known
+
+    def _fitting(self, target: Target) -> list[PriceSettings]:
+        return [entry for entry in self._entries if _fits(entry, target)]
+
+    def _markup_of(self, target: Target) -> int:
+        markups = (entry.markup_percent for entry in self._fitting(target) if entry.markup_percent is not None)
+        return _markup(next(markups, _NO_MARKUP))
 
 
-class _Known:
-    """What is known of a target's prices: tiers, or a public model whose prices may depend on the time."""
+class _Known(NamedTuple):
+    """What is known of a target's price. `markup` is by how many millionths the cost is multiplied."""
 
-    __slots__ = ("_changing", "_tiers", "_tiers_of", "markup")
-
-    def __init__(self, markup: int, *, tiers: _Tiers = (), model: ModelInfo | None = None) -> None:
-        self.markup = markup
-        self._tiers = tiers
-        self._tiers_of: dict[int, _Tiers] = {}
-        self._changing: ModelInfo | None = None
-        prices = model.prices if model is not None else []
-        if isinstance(prices, list):
-            self._changing = model
-        else:
-            self._tiers = _published(prices)
+    markup: int
+    published: Published
 
     def rates(self, prompt: int, now: float) -> Rates | None:
-        tiers = self._tiers
-        if self._changing is not None:
-            # The model keeps its few prices for good, so each is known by its identity.
-            price = self._changing.get_prices(datetime.fromtimestamp(now, UTC))
-            if (found := self._tiers_of.get(id(price))) is None:
-                found = self._tiers_of[id(price)] = _published(price)
-            tiers = found
-        for start, rates in tiers:
+        if not self.published:
+            return None
+        period = self.published[0]
+        if len(self.published) > 1:
+            now_us = round(now * _MILLION)
+            period = next(one for one in self.published if one.holds(now_us))
+        for start, rates in period.tiers:
             if prompt > start:
                 return rates
         return None
+
+
+_NOT_PUBLIC = _Known(_MILLION, ())
 
 
 def _fits(entry: PriceSettings, target: Target) -> bool:
@@ -165,71 +224,17 @@ def _configured(entry: PriceSettings) -> Rates | None:
     if entry.input_usd_per_million is None or entry.output_usd_per_million is None:
         return None
     cached = entry.cached_input_usd_per_million
-    output = _micro(entry.output_usd_per_million)
+    output = in_micro(entry.output_usd_per_million)
     return Rates(
-        input=_micro(entry.input_usd_per_million),
+        input=in_micro(entry.input_usd_per_million),
         output=output,
-        cached=_micro(entry.input_usd_per_million if cached is None else cached),
+        cached=in_micro(entry.input_usd_per_million if cached is None else cached),
         reasoning=output,
     )
 
 
-def _public(model: str, base_url: str) -> ModelInfo | None:
-    """The model as the provider at this address has it."""
-    # Importing it reads the prices as well, and takes 25 MB: most servers are never asked for money. The package's function
-    # for a price takes 0.2 ms, and remembers every model's name that it was ever asked for.
-    from genai_prices.data_snapshot import get_snapshot
-
-    snapshot = get_snapshot()
-    try:
-        provider = snapshot.find_provider(None, None, base_url)
-    except LookupError:
-        return None
-    return provider.find_model(model, all_providers=snapshot.providers)
-
-
-def _published(price: ModelPrice) -> _Tiers:
-    """The tiers of a public price; none where what is put in has no price."""
-    from genai_prices.types import TieredPrices
-
-    kinds = (
-        price.input_mtok,
-        price.output_mtok,
-        price.cache_read_mtok,
-        price.output_reasoning_mtok,
-        price.requests_kcount,
-    )
-    if price.input_mtok is None:
-        return ()
-    starts = {tier.start for kind in kinds if isinstance(kind, TieredPrices) for tier in kind.tiers}
-
-    def at(kind: Decimal | TieredPrices | None, start: int) -> int | None:
-        """The price of a kind for prompts of more tokens than `start`."""
-        if isinstance(kind, TieredPrices):
-            return _micro(next((tier.price for tier in reversed(kind.tiers) if start >= tier.start), kind.base))
-        return None if kind is None else _micro(kind)
-
-    found: list[tuple[int, Rates]] = []
-    for start in sorted({-1, *starts}, reverse=True):
-        input_, output, cached, reasoning, requests = (at(kind, start) for kind in kinds)
-        assert input_ is not None
-        found.append(
-            (
-                start,
-                Rates(
-                    input=input_,
-                    output=output,
-                    cached=input_ if cached is None else cached,
-                    reasoning=output if reasoning is None else reasoning,
-                    # It is given for a thousand.
-                    request=(requests or 0) * 1000,
-                ),
-            )
-        )
-    return tuple(found)
-
-
-def _micro(usd: Decimal) -> int:
+def in_micro(usd: Decimal) -> int:
+    """Dollars as the nearest whole number of micro-dollars."""
     # Some public prices went through floats: 0.18000000000000002.
     return int((usd * _MILLION).to_integral_value())
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 
 import pytest
 from genai_prices import Usage, calc_price
+from genai_prices.data_snapshot import get_snapshot
+from genai_prices.types import (
+    ClauseEquals,
+    ConditionalPrice,
+    ModelInfo,
+    ModelPrice,
+    StartDateConstraint,
+    TimeOfDateConstraint,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.chat import Target
-from proxy.policy.pricing import Charge, Prices, Rates
+from proxy.policy.pricing import Charge, Prices, Published, Rates, as_data, of_data
+from proxy.pricelist import look_up, published, tiers_of
 from proxy.settings import PriceSettings
+from proxy.wire.encoding import dumps, loads
 from tests.conftest import examples
 
 BASES = {
@@ -44,6 +55,19 @@ def price(
 
 def prices(*entries: PriceSettings) -> Prices:
     return Prices(entries, BASES)
+
+
+def by_wire(found: Published) -> Published:
+    """Public prices as they come from the process that looks them up."""
+    return of_data(loads(dumps(as_data(found))))
+
+
+def learned(known: Prices, *targets: Target) -> Prices:
+    """The same, after it was told the public prices of these targets that it does not know."""
+    for target in targets:
+        if not known.knows(target):
+            known.remember(target, by_wire(look_up(target.model, known.base_url(target))))
+    return known
 
 
 # ------------------------------------------------------------------------------------------------- prices of one's own
@@ -134,19 +158,35 @@ def test_the_cost_is_the_nearest_micro_dollar_and_the_charged_price_the_next(
 
 
 def test_a_price_that_nobody_knows_is_unknown() -> None:
-    known = prices(price("*", markup="20"))
-    for target in (LAB, Target("openai", "gpt-nothing"), Target("nowhere", "gpt-4o-mini")):
+    embedding, nothing = Target("openai", "text-embedding-3-small"), Target("openai", "gpt-nothing")
+    known = learned(prices(price("*", markup="20")), embedding, nothing)
+    for target in (LAB, nothing, Target("nowhere", "gpt-4o-mini")):
         assert known.rates(target, 1, NOW) is None
         assert known.charge(target, 0, 0, NOW) == UNKNOWN
-    embedding = Target("openai", "text-embedding-3-small")
     assert known.charge(embedding, 1000, 0, NOW) == Charge(20, 24)
     assert known.charge(embedding, 1000, 1, NOW) == UNKNOWN
+
+
+def test_a_public_price_is_unknown_until_it_is_told() -> None:
+    known = prices(price("*", markup="20"))
+    assert (known.knows(MINI), known.charge(MINI, 1000, 0, NOW)) == (False, UNKNOWN)
+    assert known.sum_microusd(MINI, 1000, 0, NOW) is None
+    learned(known, MINI)
+    assert (known.knows(MINI), known.charge(MINI, 1000, 0, NOW)) == (True, Charge(150, 180))
+
+
+@pytest.mark.parametrize(
+    "target", [LAB, Target("nowhere", "gpt-4o-mini"), Target("openai", "free-1"), Target("openai", "x" * 257)]
+)
+def test_nothing_is_to_be_looked_up_where_no_public_price_can_be(target: Target) -> None:
+    assert prices(price("free-*", usd=("0", "0"))).knows(target)
 
 
 def test_entries_of_the_settings_go_before_the_public_prices() -> None:
     known = prices(price("gpt-4o-mini", usd=("1", "1")), price("*", markup="100"))
     assert known.charge(MINI, 1000, 0, NOW) == Charge(1000, 2000)
-    assert known.charge(Target("openai", "gpt-4o"), 1000, 0, NOW) == Charge(2500, 5000)
+    bigger = Target("openai", "gpt-4o")
+    assert learned(known, bigger).charge(bigger, 1000, 0, NOW) == Charge(2500, 5000)
 
 
 _NIGHT = datetime(2026, 11, 21, 20, tzinfo=UTC)
@@ -188,7 +228,67 @@ def test_public_prices_are_those_of_the_package(
     assert charge.cost_microusd == int((expected * 1_000_000).to_integral_value())
 
 
-KNOWN = prices()
+SONAR = Target("perplexity", "sonar")
+KNOWN = learned(prices(), *_PUBLIC, SONAR)
+
+_ZONES = st.sampled_from([None, UTC, timezone(timedelta(hours=8)), timezone(-timedelta(hours=5, minutes=30))])
+_CONSTRAINTS = (
+    st.none()
+    | st.builds(StartDateConstraint, st.dates(date(2024, 1, 1), date(2027, 1, 1)))
+    | st.builds(TimeOfDateConstraint, st.times(timezones=_ZONES), st.times(timezones=_ZONES))
+)
+
+
+def changing(constraints: Sequence[StartDateConstraint | TimeOfDateConstraint | None]) -> ModelInfo:
+    """A model with another price under each of these."""
+    by_time = [
+        ConditionalPrice(one, prices=ModelPrice(input_mtok=Decimal(usd))) for usd, one in enumerate(constraints, 1)
+    ]
+    return ModelInfo("m", ClauseEquals("m"), prices=by_time)
+
+
+_CHANGING = [
+    model for provider in get_snapshot().providers for model in provider.models if isinstance(model.prices, list)
+]
+
+
+def edges(model: ModelInfo) -> list[datetime]:
+    """The moments at which a model's price may change, those of the day on two days."""
+    found = []
+    assert isinstance(model.prices, list)
+    for constraint in (price.constraint for price in model.prices):
+        if isinstance(constraint, StartDateConstraint):
+            found.append(datetime.combine(constraint.start_date, time(tzinfo=UTC)))
+        elif constraint is not None:
+            for at in (constraint.start_time, constraint.end_time):
+                at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+                found += [datetime.combine(day, at) for day in (date(2024, 2, 29), date(2026, 11, 21))]
+    return found
+
+
+def check_at(model: ModelInfo, moments: Sequence[datetime]) -> None:
+    """See that its price at these moments, and just before and behind, is the one that the package says."""
+    known = prices()
+    known.remember(MINI, by_wire(published(model)))
+    for moment in moments:
+        for step in (-1, 0, 1):
+            now = moment + timedelta(microseconds=step)
+            expected = dict(tiers_of(model.get_prices(now))).get(-1)
+            assert known.rates(MINI, 0, now.timestamp()) == expected, (model.id, now)
+
+
+@given(
+    st.lists(_CONSTRAINTS, min_size=1, max_size=5).map(changing),
+    st.lists(st.datetimes(datetime(2023, 1, 1), datetime(2028, 1, 1), timezones=st.just(UTC)), max_size=5),
+)
+def test_a_price_by_date_or_by_the_hour_is_that_of_the_package(model: ModelInfo, moments: list[datetime]) -> None:
+    check_at(model, moments + edges(model))
+
+
+def test_each_public_price_changes_when_the_package_says() -> None:
+    assert len(_CHANGING) > 100
+    for model in _CHANGING:
+        check_at(model, edges(model))
 
 
 def test_more_reasoning_than_answer_costs_no_more_than_the_answer() -> None:
@@ -199,15 +299,16 @@ def test_more_reasoning_than_answer_costs_no_more_than_the_answer() -> None:
 
 def test_a_price_by_the_request_is_counted() -> None:
     usage = Usage(input_tokens=1000)
-    expected = calc_price(usage, "sonar", provider_api_url=BASES["perplexity"]).total_price
+    expected = calc_price(usage, SONAR.model, provider_api_url=BASES["perplexity"]).total_price
     assert expected > Decimal("0.002")
-    assert KNOWN.charge(Target("perplexity", "sonar"), 1000, 0, NOW).cost_microusd == int(expected * 1_000_000)
+    assert KNOWN.charge(SONAR, 1000, 0, NOW).cost_microusd == int(expected * 1_000_000)
 
 
 def test_a_model_that_is_listed_without_a_price_is_not_free() -> None:
     base = "https://api.githubcopilot.com"
     assert calc_price(Usage(input_tokens=1000), "gpt-4o", provider_api_url=base).total_price == 0
-    assert Prices((), {"copilot": base}).charge(Target("copilot", "gpt-4o"), 1000, 0, NOW) == UNKNOWN
+    target = Target("copilot", "gpt-4o")
+    assert learned(Prices((), {"copilot": base}), target).charge(target, 1000, 0, NOW) == UNKNOWN
 
 
 def test_however_many_models_are_asked_for_few_are_remembered() -> None:
@@ -215,8 +316,11 @@ def test_however_many_models_are_asked_for_few_are_remembered() -> None:
     before = len(gc.get_objects())
     for number in range(10_000):
         known.charge(Target("lab", f"m-{number}"), 1, 1, NOW)
+        known.remember(Target("openai", f"m-{number}"), ())
     assert len(gc.get_objects()) - before < 9_000
     assert known.charge(Target("lab", "m-1"), 1, 1, NOW) == Charge(2, 2)
+    assert known.knows(Target("openai", "m-9999"))
+    assert not known.knows(Target("openai", "m-0"))
 
 
 def test_the_tokens_of_many_calls_are_no_long_prompt() -> None:
