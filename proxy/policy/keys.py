@@ -19,7 +19,7 @@ import binascii
 import hashlib
 import hmac
 import string
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from proxy.settings import matches
 
@@ -76,13 +76,13 @@ def is_same(one: bytes | str, other: bytes | str) -> bool:
     return hmac.compare_digest(_as_bytes(one), _as_bytes(other))
 
 
-def allows(patterns: Iterable[str], model: str) -> bool:
+def allows(patterns: Collection[str], model: str) -> bool:
     """Whether a key for these models may ask for one, by the very name its client asks for.
 
     An alias needs a pattern that fits the alias, and gets what stands behind it; `upstream/model` needs one with the upstream
     or `*` in it. No pattern, no model.
     """
-    return any(matches(pattern, model) for pattern in patterns)
+    return "*" in patterns or any(matches(pattern, model) for pattern in patterns)
 
 
 def is_expired(expires_at: float | None, now: float) -> bool:

@@ -21,59 +21,60 @@ from proxy.server import accountforms as forms
 from proxy.server.downstream import json_response
 from proxy.server.queries import check_names, page_size
 from proxy.server.state import STATE
-from proxy.store.account_rows import Organisation, R, Team, VirtualKey
+from proxy.store.account_rows import Organisation, Team, VirtualKey
 from proxy.store.accounts import Accounts
 from proxy.wire.requests import parse_object
 
 F = TypeVar("F")
+R = TypeVar("R", Organisation, Team, VirtualKey)
 
 
 async def list_organisations(request: web.Request) -> web.StreamResponse:
-    """GET /admin/organisations"""
+    """GET /admin/organisations: all there are."""
     accounts = await _accounts(request)
     limit, after, _ = _range(request)
     return _list(*accounts.organisations(limit, after))
 
 
 async def create_organisation(request: web.Request) -> web.StreamResponse:
-    """POST /admin/organisations: `id`, and `name`."""
+    """POST /admin/organisations: make one, of `id` and `name`."""
     accounts = await _accounts(request)
     form = await _form(request, forms.NewOrganisation)
     return json_response(_view(await accounts.create(forms.organisation(form, time.time()))), 201)
 
 
 async def get_organisation(request: web.Request) -> web.StreamResponse:
-    """GET /admin/organisations/{id}"""
+    """GET /admin/organisations/{id}: one of them."""
     return json_response(_view((await _accounts(request)).organisation(_id(request))))
 
 
 async def change_organisation(request: web.Request) -> web.StreamResponse:
-    """PATCH /admin/organisations/{id}"""
+    """PATCH /admin/organisations/{id}: change it. What is left out stays."""
     return await _changed(request, Organisation, **await _form(request, forms.OrganisationChanges))
 
 
 async def list_teams(request: web.Request) -> web.StreamResponse:
-    """GET /admin/teams"""
+    """GET /admin/teams: all there are."""
     accounts = await _accounts(request)
     limit, after, organisation = _range(request, "organisation")
     return _list(*accounts.teams(limit, after, organisation=organisation))
 
 
 async def create_team(request: web.Request) -> web.StreamResponse:
-    """POST /admin/teams: `id`, and `name`, `organisation`, `models`, limits."""
+    """POST /admin/teams: make one, of `id` and `name`, `organisation`, `models`, limits, budgets, terms of credit."""
     accounts = await _accounts(request)
     form = await _form(request, forms.NewTeam)
     return json_response(_view(await accounts.create(forms.team(form, time.time()))), 201)
 
 
 async def get_team(request: web.Request) -> web.StreamResponse:
-    """GET /admin/teams/{id}"""
+    """GET /admin/teams/{id}: one of them."""
     return json_response(_view((await _accounts(request)).team(_id(request))))
 
 
 async def change_team(request: web.Request) -> web.StreamResponse:
-    """PATCH /admin/teams/{id}"""
-    return await _changed(request, Team, **await _form(request, forms.TeamChanges))
+    """PATCH /admin/teams/{id}: change it. What is left out stays; null takes a limit away."""
+    return await _changed(request, Team, **forms.changes(await _form(request, forms.TeamChanges)))
 
 
 async def suspend_team(request: web.Request) -> web.StreamResponse:
@@ -82,19 +83,19 @@ async def suspend_team(request: web.Request) -> web.StreamResponse:
 
 
 async def resume_team(request: web.Request) -> web.StreamResponse:
-    """POST /admin/teams/{id}/resume"""
+    """POST /admin/teams/{id}/resume: its keys are good again."""
     return await _changed(request, Team, is_suspended=False)
 
 
 async def list_keys(request: web.Request) -> web.StreamResponse:
-    """GET /admin/keys: those that were revoked too."""
+    """GET /admin/keys: all there are. Those that were revoked too."""
     accounts = await _accounts(request)
     limit, after, team = _range(request, "team")
     return _list(*accounts.keys(limit, after, team=team))
 
 
 async def create_key(request: web.Request) -> web.StreamResponse:
-    """POST /admin/keys: `team`, `name`, `models`, limits, `expires_at`. The answer holds the key, this once."""
+    """POST /admin/keys: make one. The answer holds the key, this once."""
     accounts = await _accounts(request)
     form = await _form(request, forms.NewKey)
     try:
@@ -107,27 +108,27 @@ async def create_key(request: web.Request) -> web.StreamResponse:
 
 
 async def get_key(request: web.Request) -> web.StreamResponse:
-    """GET /admin/keys/{id}"""
+    """GET /admin/keys/{id}: one of them."""
     return json_response(_view((await _accounts(request)).key(_id(request))))
 
 
 async def change_key(request: web.Request) -> web.StreamResponse:
-    """PATCH /admin/keys/{id}"""
-    return await _changed(request, VirtualKey, **await _form(request, forms.KeyChanges))
+    """PATCH /admin/keys/{id}: change it. What is left out stays; null takes a limit, or the end of its time, away."""
+    return await _changed(request, VirtualKey, **forms.changes(await _form(request, forms.KeyChanges)))
 
 
 async def suspend_key(request: web.Request) -> web.StreamResponse:
-    """POST /admin/keys/{id}/suspend"""
+    """POST /admin/keys/{id}/suspend: it is good for nothing until it is resumed."""
     return await _changed(request, VirtualKey, is_suspended=True)
 
 
 async def resume_key(request: web.Request) -> web.StreamResponse:
-    """POST /admin/keys/{id}/resume"""
+    """POST /admin/keys/{id}/resume: it is good again."""
     return await _changed(request, VirtualKey, is_suspended=False)
 
 
 async def revoke_key(request: web.Request) -> web.StreamResponse:
-    """POST /admin/keys/{id}/revoke: for ever."""
+    """POST /admin/keys/{id}/revoke: it is good for nothing any more, for ever."""
     return json_response(_view(await (await _accounts(request)).revoke(_id(request), time.time())))
 
 
@@ -187,9 +188,7 @@ def _list(found: Sequence[Organisation | Team | VirtualKey], total: int) -> web.
 
 def _view(row: Organisation | Team | VirtualKey) -> dict[str, Any]:
     """A row as it may be seen: nothing of it lets anybody in."""
-    view = row._asdict()
-    if not isinstance(row, Organisation):
-        view |= view.pop("limits")._asdict()
+    view = forms.shown(row)
     if isinstance(row, VirtualKey):
         view["status"] = row.status(time.time())
         del view["hash"], view["secret"]

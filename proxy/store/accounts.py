@@ -1,8 +1,8 @@
-"""Organisations, their teams, and the teams' virtual keys: all in memory and in the database.
+"""Organisations, their teams, the teams' virtual keys, and model groups: all in memory and in the database.
 
 Who asks is found without a disk. A change is in the database, for good, before it is in memory; then it holds at once, here.
 Other processes take it over by `refresh`, which reads only what was changed since: each change has a number, and each row
-that of its last change. Nothing is ever deleted, for calls refer to it: a key is revoked, a team suspended.
+that of its last change. Nothing is ever deleted, for calls refer to it: a key is revoked, a team suspended, a group deactivated.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import hashlib
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from heapq import nsmallest
 from typing import Any, TypeVar
 
-from proxy.chat import NO_LIMITS, Identity, Limits
+from proxy.chat import NO_BUDGETS, NO_LIMITS, Budgets, Identity, Limits
 from proxy.errors import ClientError, ConfigError, OverloadedError
 from proxy.policy.keys import ENTROPY_BYTES, hash_of, is_same, make_key, prefix_of
 from proxy.settings import Settings
 from proxy.store import account_rows as rows
-from proxy.store.account_rows import Organisation, R, Team, VirtualKey
+from proxy.store.account_rows import ModelGroup, Organisation, R, Team, VirtualKey
 from proxy.store.db import Connection
 from proxy.store.keysecret import read_or_make_secret
 
@@ -37,7 +37,7 @@ def caller_of_team(team: str) -> str:
 
 
 class Accounts:
-    """All organisations, teams and keys. Use `open` to make one. Use from one event loop only.
+    """All organisations, teams, keys and groups. Use `open` to make one. Use from one event loop only.
 
     What changes something raises ClientError (404 for what does not exist, 409 for what exists already or is revoked), and
     OverloadedError when the database cannot be written: then nothing has changed.
@@ -53,6 +53,9 @@ class Accounts:
         self._teams: dict[str, Team] = {}
         self._keys: dict[str, VirtualKey] = {}
         self._identities: dict[str, Identity] = {}
+        self._groups: dict[str, ModelGroup] = {}
+        self._follow: Callable[[Iterable[ModelGroup]], None] | None = None
+        self._aliases = {model.name for model in settings.model}
         self._version = 0
         self._data_version = -1
         self._changes = 0
@@ -118,12 +121,18 @@ class Accounts:
             team.models,
             key.limits,
             team.limits,
+            frozenset(
+                group.id
+                for group in self._groups.values()
+                # An alias of the config goes first, and is for all.
+                if group.teams is not None and team.id not in group.teams and group.id not in self._aliases
+            ),
         )
 
     # ------------------------------------------------------------------ what there is
 
     def organisation(self, organisation_id: str) -> Organisation:
-        """ClientError 404 when there is none; so in the next two."""
+        """ClientError 404 when there is none; so in the next three."""
         return _found(Organisation, self._organisations, organisation_id)
 
     def team(self, team_id: str) -> Team:
@@ -132,8 +141,11 @@ class Accounts:
     def key(self, key_id: str) -> VirtualKey:
         return _found(VirtualKey, self._keys, key_id)
 
+    def model_group(self, name: str) -> ModelGroup:
+        return _found(ModelGroup, self._groups, name)
+
     def organisations(self, limit: int | None, after: str = "") -> tuple[list[Organisation], int]:
-        """The first `limit` by id (None: all), of those behind `after`, and how many there are; so in the next two."""
+        """The first `limit` by id (None: all), of those behind `after`, and how many there are; so in the next three."""
         return _page(self._organisations, limit, after, lambda _: True)
 
     def teams(self, limit: int | None, after: str = "", *, organisation: str | None = None) -> tuple[list[Team], int]:
@@ -142,14 +154,22 @@ class Accounts:
     def keys(self, limit: int | None, after: str = "", *, team: str | None = None) -> tuple[list[VirtualKey], int]:
         return _page(self._keys, limit, after, lambda key: team in (None, key.team))
 
+    def model_groups(self, limit: int | None, after: str = "") -> tuple[list[ModelGroup], int]:
+        return _page(self._groups, limit, after, lambda _: True)
+
+    def follow_groups(self, take: Callable[[Iterable[ModelGroup]], None]) -> None:
+        """Tell all groups, active or not, to `take`; and from now on those that are new or changed, here or elsewhere."""
+        self._follow = take
+        take(self._groups.values())
+
     # ------------------------------------------------------------------ changes
 
     async def create(self, row: R) -> R:
-        """Add an organisation, or a team to one that exists."""
+        """Add an organisation, a team to one that exists, or a model group for teams that exist."""
         return await self._change(partial(_insert, row))
 
     async def change(self, kind: type[R], row_id: str, **changes: Any) -> R:
-        """Change some fields, limits among them, of an organisation, a team, or a key that was not revoked. Holds at once."""
+        """Change columns, those of limits and budgets too, of a row; a key must not be revoked. Holds at once."""
         return await self._change(partial(_update, kind, row_id, changes))
 
     async def create_key(
@@ -161,6 +181,7 @@ class Accounts:
         models: tuple[str, ...] = ("*",),
         limits: Limits = NO_LIMITS,
         expires_at: float | None = None,
+        budgets: Budgets = NO_BUDGETS,
     ) -> tuple[VirtualKey, str]:
         """A new key of a team, and its text, which is kept nowhere. ConfigError as from `load_secret`."""
         await self.load_secret()
@@ -172,6 +193,7 @@ class Accounts:
             *(prefix_of(text), team, name, hash_of(text, self._secret), self._fingerprint, models, now),
             limits=limits,
             expires_at=expires_at,
+            budgets=budgets,
         )
         return await self._change(partial(_insert, row)), text
 
@@ -219,7 +241,10 @@ class Accounts:
         self._teams |= {row.id: row for row in news.teams}
         self._keys |= {row.id: row for row in news.keys}
         self._version = news.version
+        self._groups |= {row.id: row for row in news.groups}
         self._identities.clear()
+        if news.groups and self._follow is not None:
+            self._follow(news.groups)
 
 
 def _insert(row: R, connection: sqlite3.Connection) -> R:
@@ -227,6 +252,8 @@ def _insert(row: R, connection: sqlite3.Connection) -> R:
         rows.get(Organisation, row.organisation, connection)
     elif isinstance(row, VirtualKey):
         rows.get(Team, row.team, connection)
+    elif isinstance(row, ModelGroup):
+        _check_teams(row, connection)
     return rows.insert(row, connection)
 
 
@@ -234,14 +261,15 @@ def _update(kind: type[R], row_id: str, changes: Mapping[str, Any], connection: 
     row = rows.get(kind, row_id, connection)
     if isinstance(row, VirtualKey) and row.revoked_at is not None:
         raise ClientError(409, "key_revoked", f"The key '{row_id}' is revoked, for ever.")
-    if isinstance(row, Organisation):
-        return rows.update(row._replace(**changes), connection)
-    fields = {name: value for name, value in changes.items() if name not in Limits._fields}
-    if limits := {name: value for name, value in changes.items() if name in Limits._fields}:
-        fields["limits"] = row.limits._replace(**limits)
-    if "models" in fields:
-        fields["models"] = tuple(fields["models"])
-    return rows.update(row._replace(**fields), connection)
+    row = rows.with_changes(row, changes)
+    if isinstance(row, ModelGroup):
+        _check_teams(row, connection)
+    return rows.update(row, connection)
+
+
+def _check_teams(group: ModelGroup, connection: sqlite3.Connection) -> None:
+    for team in group.teams or ():
+        rows.get(Team, team, connection)
 
 
 def _revoke(row_id: str, now: float, connection: sqlite3.Connection) -> VirtualKey:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.chat import Route, Target
+from proxy.chat import CacheTier, Route, Target
 from proxy.errors import ClientError
 from proxy.policy.routing import Routes, draw
 from proxy.settings import CacheSettings, ModelSettings, Settings, StreamingSettings, TargetSettings, UpstreamSettings
@@ -122,6 +122,64 @@ def test_what_a_name_resolved_to_is_forgotten_when_a_list_changes() -> None:
     assert routes.resolve("m").targets == (Target("b", "m"),)
     routes.set_listed("a", ("m",))
     assert routes.resolve("m").targets == (Target("a", "m"),)
+
+
+def group(name: str, *targets: str, cache: CacheTier | None = None) -> ModelSettings:
+    return ModelSettings(name, tuple(TargetSettings(target) for target in targets), cache=cache)
+
+
+def test_a_group_is_an_alias_that_is_made_and_changed_behind_those_of_the_config() -> None:
+    """Whatever its name was before: nothing's, a model's on an upstream's list, or a target's."""
+    routes = make(a=("*",), b=("gpt-*",), models={"ours": ("a/x",)})
+    routes.set_listed("a", ("listed",))
+    before = {name: routes.resolve(name) for name in ("fast", "listed", "b/gpt-4")}
+    for name in (*before, "ours"):
+        routes.set_group(name, group(name, "b/gpt-5", "a/y"))
+    for name in before:
+        assert routes.resolve(name) == Route(
+            *((Target("b", "gpt-5"), Target("a", "y")), (None, None), {}, "exact", False, True),
+            *("semantic", 86_400, "b/gpt-5 a/y"),
+        )
+    assert routes.resolve("ours").targets == (Target("a", "x"),)
+    assert list(routes.aliases) == ["ours", *before]
+    assert [name for name in routes.aliases if routes.group_problems(name)] == ["ours"]
+    routes.set_group("fast", group("fast", "a/z"))
+    assert routes.resolve("fast").targets == (Target("a", "z"),)
+
+
+def test_the_name_of_a_group_that_is_out_of_use_or_leads_nowhere_is_nothings_and_no_group_is_suggested() -> None:
+    routes = make(a=("*", "closed"), b=("gpt-*",))
+    routes.set_listed("a", ("closed", "gone", "other"))
+    routes.set_group("closed", group("closed", "a/x"))
+    routes.set_group("closed", None)
+    routes.set_group("gone", group("gone", "c/x"))
+    routes.set_group("half", group("half", "c/x", "b/y"))
+    for name in ("closed", "gone"):
+        with pytest.raises(ClientError, match=f"^The model '{name}' does not exist here.$"):
+            routes.resolve(name)
+    assert routes.resolve("half").targets == (Target("b", "y"),)
+    assert [name for name in ("closed", "gone", "half") if routes.group_problems(name)] == ["gone", "half"]
+    assert (routes.listed("a"), routes.known_names()) == (("other",), ["other"])
+
+
+@pytest.mark.parametrize(
+    ("cache", "wanted", "expected", "has_problem"),
+    [
+        (CacheSettings(), "semantic", "semantic", False),
+        (CacheSettings(), "off", "off", False),
+        (CacheSettings(), None, "semantic", False),
+        (CacheSettings(semantic=False), "semantic", "exact", True),
+        (CacheSettings(exact=False, semantic=False), "exact", "off", True),
+        (CacheSettings(exact=False, semantic=False), None, "off", False),
+    ],
+)
+def test_a_group_cannot_open_a_cache_that_the_config_keeps_closed(
+    cache: CacheSettings, wanted: CacheTier | None, expected: CacheTier, *, has_problem: bool
+) -> None:
+    routes = Routes(Settings(cache=cache, upstream=(UpstreamSettings("a", "http://a"),)))
+    routes.set_group("fast", group("fast", "a/x", cache=wanted))
+    assert routes.resolve("fast").cache == expected
+    assert bool(routes.group_problems("fast")) is has_problem
 
 
 def test_memory_is_bounded_when_clients_make_up_names() -> None:
