@@ -15,7 +15,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from proxy.answerlog import AnswerLog
-from proxy.chat import Call, Lookup, Mode, Target, Usage
+from proxy.chat import Call, Lookup, Meter, Mode, Target, Usage
+from proxy.errors import ProxyError
 
 ShareKey = Hashable
 """What calls that may share an answer have in common: what is asked, and how it is to be delivered."""
@@ -65,12 +66,17 @@ class Answer:
     """What is to be looked for in the cache, and kept there; None where nothing is."""
     task: asyncio.Task[None] | None = None
     seats: list[Seat] = field(default_factory=list)
+    payer: Call | None = None
+    """The call that pays for it, of those at it: the one it was begun for, or when that leaves, the next."""
     draft: AnswerLog | None = None
     """Where the events are while the clients get none."""
     body: bytes = b""
     """The upstream's answer, where it was one body."""
     target: Target | None = None
     mode: Mode = Mode.NONE
+    model: str | None = None
+    """How the upstream names the model."""
+    finish_reason: str | None = None
     attempts: int = 0
     asked_at: float = 0.0
     first_at: float | None = None
@@ -85,6 +91,9 @@ class Answer:
     """Whether something of it could not be read, and was left out."""
     entry: int | None = None
     """The cached answer that it is."""
+    meter: Meter | None = None
+    refusal: ProxyError | None = None
+    """Why it may not go on."""
     has_begun: bool = False
     is_given_up: bool = False
     is_stopping: bool = False
@@ -93,6 +102,21 @@ class Answer:
     def said(self) -> list[bytes] | bytes:
         """What the upstream has said so far."""
         return self.body or (self.log if self.draft is None else self.draft).segments
+
+    @property
+    def given(self) -> list[bytes] | bytes:
+        """What it says, when it is over or has come so far: as one JSON body where there is one, else the events of a stream.
+
+        Without the error that a stream may end with.
+        """
+        log = self.log
+        if body := log.whole or self.body:
+            return body
+        has_error = log.failure is not None and log.is_committed
+        events = log.segments[:-1] if has_error else log.segments
+        if not events and self.draft is not None:
+            events = self.draft.segments
+        return [*events, log.usage] if events else []
 
 
 @dataclass(slots=True, eq=False)

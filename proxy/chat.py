@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple, Protocol
 
+from proxy.errors import ClientError, OverloadedError, ProxyError, UpstreamError
+
 Recovery = Literal["exact", "continue", "off"]
 """What becomes of a stream that dies midway: the same answer is asked for again, or the rest of it, or nothing."""
 
@@ -55,12 +57,23 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 
+class Budgets(NamedTuple):
+    """How much may be spent at most in each day, each month (UTC) and in all, in micro-dollars; None is no limit."""
+
+    day: int | None = None
+    month: int | None = None
+    total: int | None = None
+
+
+NO_BUDGETS = Budgets()
+
+
 class Identity(NamedTuple):
     """Who asks, as far as a virtual key tells.
 
     `organisation` and `team` are ids; `key` is the key's id, "" where callers need none. `caller` is whose answers may be
     shared, "" where the credentials tell. A model must fit a pattern of `models` and one of `team_models`: both hold "*"
-    where all are allowed.
+    where all are allowed. `barred` are the names of model groups that are for other teams.
     """
 
     organisation: str
@@ -71,6 +84,7 @@ class Identity(NamedTuple):
     team_models: tuple[str, ...] = ("*",)
     key_limits: Limits = NO_LIMITS
     team_limits: Limits = NO_LIMITS
+    barred: frozenset[str] = frozenset()
 
 
 LOCAL = Identity("local", "local")
@@ -158,11 +172,17 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one answer. `estimated` means counted here, because the upstream did not say."""
+    """Tokens of one answer. `estimated` means counted here, because the upstream did not say.
+
+    `cached` are those of the prompt's that the upstream had in a cache of its own, `reasoning` those of the completion's that
+    are not shown: OpenAI's `prompt_tokens_details.cached_tokens` and `completion_tokens_details.reasoning_tokens`.
+    """
 
     prompt: int
     completion: int
     estimated: bool = False
+    cached: int = 0
+    reasoning: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's usage object; an estimate carries the extra member `estimated`."""
@@ -176,11 +196,30 @@ class Usage:
         return usage
 
 
-class Ticket(Protocol):
-    """What a call was let in with. It is given back once, however the call ends; giving it back again does nothing."""
+class Meter(Protocol):
+    """What counts an answer as it grows."""
 
-    def give_back(self, outcome: Outcome | None) -> None:
-        """`outcome` is None where no call was made of it after all."""
+    def hear(self, segment: bytes) -> None:
+        """Some events of it, in normal form."""
+
+
+class Ticket(Protocol):
+    """What a call is let in with, and where it is accounted for. Settled once, however the call ends; again does nothing."""
+
+    async def open(self, targets: tuple[Target, ...], stop: Callable[[ProxyError], None] | None = None) -> Meter | None:
+        """To be awaited before the first of the upstreams is asked. ProxyError when it may not be asked.
+
+        The answer is to be told to the meter, if there is one; it calls `stop` when the answer may not go on.
+        """
+
+    def hand_over(self, heir: Ticket) -> None:
+        """This call leaves an answer; `heir`, the ticket of one that stays, pays for it from now on."""
+
+    def aside(self, call_id: str, purpose: str) -> Ticket:
+        """The ticket of another call, which the proxy makes by itself on account of this one: nobody is charged for it."""
+
+    def settle(self, outcome: Outcome) -> None:
+        """The call is over."""
 
 
 class Call(NamedTuple):
@@ -269,6 +308,22 @@ class Status(StrEnum):
     INTERNAL_ERROR = "internal_error"  # our own bug
 
 
+def status_of(failure: ProxyError) -> Status:
+    """How a call ended that ended with this error. What is over a limit, or unpaid, is no mistake of the request's."""
+    if isinstance(failure, UpstreamError):
+        return Status.UPSTREAM_ERROR
+    if isinstance(failure, OverloadedError) or (isinstance(failure, ClientError) and failure.status in (402, 429)):
+        return Status.REJECTED
+    return Status.CLIENT_ERROR if isinstance(failure, ClientError) else Status.INTERNAL_ERROR
+
+
+class Exchange(Protocol):
+    """What a call asked and was answered, ready to be stored beside its row (store/content.py)."""
+
+    def row(self, call_id: str) -> tuple[Any, ...]:
+        """What is stored of it, for the call with this id."""
+
+
 class Outcome(NamedTuple):
     """What became of a call: the one record made of it, when it is over."""
 
@@ -287,3 +342,8 @@ class Outcome(NamedTuple):
     """The cached answer that it was."""
     purpose: str = ""
     ticket: Ticket | None = None
+    answered_model: str | None = None
+    """How the answer names the model that gave it."""
+    finish_reason: str | None = None
+    content: Exchange | None = None
+    """What is to be stored of what was said; None where nothing is."""

@@ -6,12 +6,34 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from proxy.chat import Mode, Outcome, Status, Target, Ticket
-from proxy.errors import ProxyError, UpstreamError
+from proxy.chat import Mode, Outcome, Status, Target, Ticket, Usage, status_of
+from proxy.errors import ProxyError
 from proxy.inflight import InFlight
 from proxy.settings import Settings
 from proxy.upstream.session import Reply, UpstreamSession
 from proxy.upstream.watch import Watch
+from proxy.wire.usage import TAIL_BYTES, usage_at_end
+
+
+class Passed:
+    """An upstream's reply on its way through. Nothing of it is read but, at its end, what it says of its usage."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.status = reply.status
+        self.headers = reply.headers
+        self.awaiting_client = reply.awaiting_client
+        self._reply = reply
+        self._tail = b""
+
+    async def read(self) -> bytes:
+        """The next bytes of its body; b"" at the end."""
+        data = await self._reply.read()
+        self._tail = data[-TAIL_BYTES:] if len(data) >= TAIL_BYTES else (self._tail + data)[-TAIL_BYTES:]
+        return data
+
+    @property
+    def usage(self) -> Usage | None:
+        return usage_at_end(self._tail)
 
 
 class Passing:
@@ -35,7 +57,7 @@ class Passing:
         body: bytes | None,
         headers: Mapping[str, str],
         ticket: Ticket | None = None,
-    ) -> AsyncIterator[Reply]:
+    ) -> AsyncIterator[Passed]:
         """An upstream's reply, for as long as the block lasts. UpstreamError for one with an error status.
 
         The block reads the reply and writes it to the client; the call is settled when it is left, however that is.
@@ -53,6 +75,8 @@ class Passing:
         upstream = self._session.upstreams[target.upstream]
         started = self._session.wheel.now()
         ttft_s: float | None = None
+        passed: Passed | None = None
+        attempts = 0
         http_status = 200
         watch = Watch(
             self._session.wheel, heartbeat_s=0, total_s=self._streaming.total_timeout_s, on_silence=lambda: None
@@ -61,9 +85,12 @@ class Passing:
         error: ProxyError | None = None
         try:
             with watch:
+                if ticket is not None:
+                    await ticket.open((target,))
                 limit_s = self._streaming.whole_answer_timeout_s
                 message = f"The upstream '{upstream.name}' gave no answer within {limit_s:g} s."
                 watch.limit(limit_s, "whole_answer_timeout", message)
+                attempts = 1
                 start = self._session.request_start(upstream, method, path, headers)
                 if body is None and method in ("POST", "PUT", "PATCH"):
                     body = b""
@@ -76,13 +103,14 @@ class Passing:
                     ttft_s = watch.heard_at - started
                     http_status = reply.status
                     try:
-                        yield reply
+                        passed = Passed(reply)
+                        yield passed
                     except asyncio.CancelledError:
                         watch.raise_if_expired()
                         raise
             status = Status.OK
-        except UpstreamError as failure:
-            status, error = Status.UPSTREAM_ERROR, failure
+        except ProxyError as failure:
+            status, error = status_of(failure), failure
             raise
         except (asyncio.CancelledError, ConnectionError, TimeoutError):
             # These are the client's: what upstreams do has become a ProxyError.
@@ -101,10 +129,10 @@ class Passing:
                     mode=Mode.PASSTHROUGH,
                     status=status,
                     http_status=http_status,
-                    attempts=1,
+                    attempts=attempts,
                     ttft_s=ttft_s,
                     duration_s=self._session.wheel.now() - started,
-                    usage=None,
+                    usage=None if passed is None else passed.usage,
                     error=error.word if error is not None else None,
                     ticket=ticket,
                 )

@@ -18,10 +18,24 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from proxy.answerlog import AnswerLog, read_to_end
 from proxy.answers import Answer, Answers, Seat, ShareKey
-from proxy.chat import CacheTier, CacheWish, Call, ChatRequest, Lookup, Mode, Outcome, Status, Ticket, Usage, Wishes
+from proxy.chat import (
+    CacheTier,
+    CacheWish,
+    Call,
+    ChatRequest,
+    Lookup,
+    Mode,
+    Outcome,
+    Status,
+    Ticket,
+    Usage,
+    Wishes,
+    status_of,
+)
 from proxy.encoders import Encoders
 from proxy.errors import ClientError, OverloadedError, ProxyError
 from proxy.inflight import InFlight
@@ -34,6 +48,7 @@ from proxy.replay import Replays, completion_of, text_of
 from proxy.semcache.cache import AnswerCache, Hit
 from proxy.settings import Settings
 from proxy.store.capabilities import CapabilityStore
+from proxy.store.content import Contents
 from proxy.tasks import Tasks
 from proxy.upstream.circuits import Circuits
 from proxy.upstream.session import UpstreamSession
@@ -52,7 +67,10 @@ _TIERS: tuple[CacheTier, ...] = ("off", "exact", "semantic")
 
 
 class Pipeline:
-    """Takes calls from the faces to their answers. One for each server; `report` gets each call's Outcome, once."""
+    """Takes calls from the faces to their answers. One for each server; `report` gets each call's Outcome, once.
+
+    `contents` packs what is to be stored of each call that has a ticket; None where nothing is.
+    """
 
     def __init__(
         self,
@@ -66,6 +84,7 @@ class Pipeline:
         in_flight: InFlight,
         tasks: Tasks,
         report: Report,
+        contents: Contents | None = None,
     ) -> None:
         self._streaming = settings.streaming
         self._caching = settings.cache
@@ -76,6 +95,7 @@ class Pipeline:
         self._encoders = encoders
         self._tasks = tasks
         self._report = report
+        self._contents = contents
         self._loop = asyncio.get_running_loop()
         max_kept_bytes = int(settings.streaming.resume_max_mb * 1024 * 1024)
         self.saved = self.lost = 0
@@ -83,6 +103,7 @@ class Pipeline:
         self.answers = Answers(settings.streaming.resume_window_s, max_kept_bytes)
         learning = Learning(settings.streaming, capabilities)
         self._producer = Producer(settings, session, circuits, learning, encoders, self.answers)
+        self.gaps = self._producer.gaps
         self._replays = Replays(cache, settings.cache, encoders, self.answers)
         self._verifying = 0
 
@@ -191,6 +212,7 @@ class Pipeline:
         elif call.route.cache != "off":
             answer.head["x-cache"] = "bypass"
         log.headers = answer.head
+        answer.payer = call
         task = self._tasks.spawn(self._produce(answer), "answer")
         answer.task = task
         self._in_flight.enter(task, lambda: self._stop(answer))
@@ -232,10 +254,14 @@ class Pipeline:
         except ProxyError as failure:
             error = failure
             log.fail(failure)
-            status = Status.CLIENT_ERROR if isinstance(failure, ClientError) else Status.UPSTREAM_ERROR
+            status = status_of(failure)
         except asyncio.CancelledError:
             if log.is_closed:
                 status = Status.OK if answer.is_whole else Status.INCOMPLETE
+            elif answer.refusal is not None:
+                error = answer.refusal
+                log.fail(error)
+                status = status_of(error)
             elif answer.is_stopping:
                 error = OverloadedError("shutting_down", "The proxy was stopped before the answer was whole.")
                 log.fail(error)
@@ -255,6 +281,8 @@ class Pipeline:
         if hit is None:
             if lookup is not None and lookup.wish.only_if_cached:
                 raise _not_cached()
+            if answer.call.ticket is not None:
+                answer.meter = await answer.call.ticket.open(answer.call.route.targets, partial(self._refuse, answer))
             await self._producer.produce(answer, watch)
             return
         await self._replays.give(answer, hit)
@@ -262,6 +290,10 @@ class Pipeline:
             assert lookup is not None
             self._in_flight.hold()
             self._tasks.spawn(self._verify(answer.call, lookup.wish, hit), "verify a near match")
+
+    def _refuse(self, answer: Answer, error: ProxyError) -> None:
+        answer.refusal = error
+        self._cancel(answer)
 
     def _stop(self, answer: Answer) -> None:
         answer.is_stopping = True
@@ -299,9 +331,20 @@ class Pipeline:
         elif seat.call is None:
             answer.seats.remove(seat)
         elif any(other.call is not None for other in others):
-            outcome = self._outcome(seat, seat.call, Status.CANCELLED, None, None)
             answer.seats.remove(seat)
-            self._settle(answer, [outcome])
+            self._settle_left(answer, seat)
+
+    def _settle_left(self, answer: Answer, seat: Seat) -> None:
+        """A client has gone, and others stay. What the answer costs is for one that stays."""
+        call = seat.call
+        assert call is not None
+        was_payer = call is answer.payer
+        if was_payer:
+            answer.payer = next(other.call for other in answer.seats if other.call is not None)
+        outcome = self._outcome(seat, call, Status.CANCELLED, None, None)
+        if was_payer and answer.payer and call.ticket is not None and answer.payer.ticket is not None:
+            call.ticket.hand_over(answer.payer.ticket)
+        self._settle(answer, [(call, outcome)])
 
     def _end(self, answer: Answer, status: Status, error: ProxyError | None) -> None:
         """Close the books on an answer, and on all calls that still are at it."""
@@ -309,13 +352,13 @@ class Pipeline:
         if answer.has_broken:
             self.saved += status in (Status.OK, Status.INCOMPLETE)
             self.lost += status is Status.UPSTREAM_ERROR
-        outcomes: list[Outcome] = []
+        settled: list[tuple[Call, Outcome]] = []
         for seat in answer.seats:
             if seat.timer is not None:
                 seat.timer.cancel()
             if seat.call is not None:
-                outcomes.append(self._outcome(seat, seat.call, status, error, answer.usage))
-        self._settle(answer, outcomes)
+                settled.append((seat.call, self._outcome(seat, seat.call, status, error, answer.usage)))
+        self._settle(answer, settled)
         is_new = status is Status.OK and answer.entry is None and not answer.is_mended
         if is_new and answer.lookup is not None and answer.lookup.wish.keeps:
             self._in_flight.hold()
@@ -341,7 +384,7 @@ class Pipeline:
             call_id=call.id,
             model=call.request.model,
             target=answer.target,
-            mode=answer.mode if call is answer.call else Mode.COALESCED,
+            mode=self._mode(answer, call),
             status=status,
             http_status=http_status,
             attempts=answer.attempts,
@@ -352,26 +395,58 @@ class Pipeline:
             cache_entry=answer.entry,
             purpose=call.purpose,
             ticket=call.ticket,
+            answered_model=answer.model,
+            finish_reason=answer.finish_reason,
         )
 
-    def _settle(self, answer: Answer, outcomes: list[Outcome]) -> None:
-        """Report what became of some calls. Their tokens are counted first, where nobody told them."""
-        if outcomes and outcomes[0].usage is None and not answer.is_counted and answer.said:
+    def _mode(self, answer: Answer, call: Call) -> Mode:
+        if call is not answer.payer:
+            return Mode.COALESCED
+        is_stream = answer.mode in (Mode.RELAY, Mode.SYNTHESIS)
+        # It was begun for one that wanted a stream, and has left.
+        return Mode.WHOLE if is_stream and not call.request.wants_stream else answer.mode
+
+    def _settle(self, answer: Answer, settled: list[tuple[Call, Outcome]]) -> None:
+        """Report what became of some calls: after their tokens are counted, where nobody told them, and what they said is packed,
+        where that is stored.
+        """
+        said: list[bytes] | bytes | None = None
+        if settled and settled[0][1].usage is None and not answer.is_counted and answer.said:
             said = answer.said if isinstance(answer.said, bytes) else answer.said.copy()
+        # What was neither asked of an upstream nor given again says nothing.
+        packs = self._contents is not None and (answer.attempts > 0 or answer.entry is not None)
+        if said is not None or packs:
+            given = answer.given if packs else None
             self._in_flight.hold()
-            self._tasks.spawn(self._report_counted(answer.call.request, said, outcomes), "count tokens")
+            self._tasks.spawn(self._report_late(answer.call.request, said, given, settled), "end calls")
             return
-        for outcome in outcomes:
+        for _, outcome in settled:
             self._report(outcome)
 
-    async def _report_counted(self, request: ChatRequest, said: list[bytes] | bytes, outcomes: list[Outcome]) -> None:
-        """The reports of calls whose tokens nobody told: counted after the clients have their answer."""
-        usage = None
+    async def _report_late(
+        self,
+        request: ChatRequest,
+        said: list[bytes] | bytes | None,
+        given: list[bytes] | bytes | None,
+        settled: list[tuple[Call, Outcome]],
+    ) -> None:
+        """The reports of calls, after the clients have their answer: with their tokens counted where something was `said`,
+        and with what is to be stored of them where something was `given`.
+        """
+        outcomes = [outcome for _, outcome in settled]
         try:
-            usage = await self._encoders.estimate(request.model, request, said)
+            if said is not None:
+                usage = await self._encoders.estimate(request.model, request, said)
+                outcomes = [outcome._replace(usage=usage) for outcome in outcomes]
+            if given is not None and self._contents is not None:
+                answer = await self._contents.packed(given)
+                for position, (call, _) in enumerate(settled):
+                    if call.ticket is not None:
+                        content = await self._contents.exchange(call.request.raw, answer)
+                        outcomes[position] = outcomes[position]._replace(content=content)
         finally:
             for outcome in outcomes:
-                self._report(outcome._replace(usage=usage))
+                self._report(outcome)
             self._in_flight.release()
 
     # ------------------------------------------------------------------ keep, verify
@@ -393,9 +468,10 @@ class Pipeline:
                 coalesces=False, cache=CacheWish(False, wish.keeps, tier=wish.tier, namespace=wish.namespace)
             )
             with suppress(ProxyError):
-                seat = self.start(
-                    f"{call.id}-verify", call.request, call.forward_headers, call.caller, asking, purpose=_VERIFY
-                )
+                call_id = f"{call.id}-verify"
+                ticket = None if call.ticket is None else call.ticket.aside(call_id, _VERIFY)
+                headers, caller = call.forward_headers, call.caller
+                seat = self.start(call_id, call.request, headers, caller, asking, _VERIFY, ticket)
                 await read_to_end(seat.log, seat.leave)
                 if seat.answer.is_whole:
                     given, other = loads(hit.entry.answer), await completion_of(seat.answer)

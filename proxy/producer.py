@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 from proxy.answerlog import AnswerLog
@@ -23,6 +23,7 @@ from proxy.chat import Ask, Mode, Target, Usage
 from proxy.dialects.openai import CHAT_PATH, Refusal, chat_body, error_in_success, refusal
 from proxy.encoders import Encoders
 from proxy.errors import Trouble, UpstreamError
+from proxy.histogram import BOUNDS_S, Histogram
 from proxy.learning import Learning
 from proxy.policy.capabilities import Key, Topic
 from proxy.pump import Outlet, Pump, Unsaid
@@ -36,9 +37,10 @@ from proxy.upstream.watch import Watch
 from proxy.wire.chunks import assemble, fill_in, split, usage_event
 from proxy.wire.encoding import dumps, loads
 from proxy.wire.headers import header_value, informative_headers
-from proxy.wire.normal import Expected, Normalizer, read_usage, renaming
+from proxy.wire.normal import Expected, Normalizer, renaming
 from proxy.wire.splice import Diverged, said
 from proxy.wire.sse import EventTooLarge
+from proxy.wire.usage import read_usage
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +84,12 @@ def _ask_otherwise(ask: Ask, error: UpstreamError) -> tuple[Ask, Topic] | None:
 
 def _of_both_parts(usage: Usage, ask: Ask) -> Usage:
     """The usage of a continuation, with what was given to be continued as a part of the answer, not of the question."""
-    return Usage(max(0, usage.prompt - ask.partial_tokens), usage.completion + ask.partial_tokens, estimated=True)
+    return replace(
+        usage,
+        prompt=max(0, usage.prompt - ask.partial_tokens),
+        completion=usage.completion + ask.partial_tokens,
+        estimated=True,
+    )
 
 
 class Producer:
@@ -104,6 +111,8 @@ class Producer:
         self._encoders = encoders
         self._answers = answers
         self._now = asyncio.get_running_loop().time
+        self.gaps = Histogram(BOUNDS_S)
+        """The seconds between the pieces of upstreams' streams; their sum grows when a stream ends."""
         self._starts: dict[tuple[str, bool], bytes] = {}
         """What the requests to an upstream begin with: those for a stream, and those for one body."""
 
@@ -157,6 +166,7 @@ class Producer:
             # Nothing of it will be told, nor booked on the next target.
             answer.draft, answer.body, answer.usage = None, b"", None
             answer.mode, answer.first_at = Mode.NONE, None
+            answer.model = answer.finish_reason = None
         _log.info("%s: %s failed (%s), %s is asked", answer.call.id, asked, error.word, job.attempts.target)
 
     # ------------------------------------------------------------------ plan, send
@@ -269,7 +279,7 @@ class Producer:
         answer.mode = Mode.RELAY if request.wants_stream else Mode.WHOLE
         if answer.delivers_whole or not request.wants_stream:
             answer.draft = AnswerLog(self._streaming.max_answer_bytes)
-        pump = Pump(normalizer, watch, partial(self._begin, job, normalizer, reply))
+        pump = Pump(normalizer, watch, partial(self._begin, job, normalizer, reply), self.gaps.counts)
         try:
             await reply.deliver(pump)
             if not pump.is_over:
@@ -283,7 +293,10 @@ class Producer:
                 raise
         finally:
             log.source = None
+            if pump.first_event_at is not None:
+                self.gaps.total += pump.said_at - pump.first_event_at
             answer.usage = normalizer.usage
+            answer.model, answer.finish_reason = normalizer.model, normalizer.finish_reason
         watch.rest()
         if normalizer.error is not None:
             raise error_in_success(normalizer.error, self._secrets(key)) or UpstreamError(
@@ -341,9 +354,17 @@ class Producer:
             watch.follow(pump)
             log.source = reply
             log.commit()
-        if (convert := job.convert) is None:
-            return outlet.append
-        return lambda segment: outlet.append(convert(segment))
+        convert, append = job.convert, outlet.append
+        if (meter := answer.meter) is not None:
+
+            def tell(segment: bytes) -> None:
+                meter.hear(segment)
+                append(segment if convert is None else convert(segment))
+
+            return tell
+        if convert is None:
+            return append
+        return lambda segment: append(convert(segment))
 
     def _catch_up(self, job: _Job, pump: Pump, reply: Reply, segment: bytes) -> None:
         """Pass on what the clients do not have yet; when it has come so far, the stream is like any other."""
@@ -358,6 +379,8 @@ class Producer:
             # What it repeats is a sign of life, but no reason to wait longer than for all of it.
             self._limit_recovery(job, self._streaming.idle_timeout_s)
         if fresh:
+            if job.answer.meter is not None:
+                job.answer.meter.hear(fresh)
             job.answer.log.append(fresh)
 
     def _limit_silence(self, watch: Watch) -> None:
@@ -438,6 +461,8 @@ class Producer:
             told = answer.usage.as_json()
         finishes = [choice.get("finish_reason") for choice in completion["choices"]]
         answer.is_whole = bool(finishes) and None not in finishes
+        answer.model = str(completion["model"])
+        answer.finish_reason = next((str(finish) for finish in finishes if finish is not None), None)
         if job.recovery is None:
             answer.first_at = self._now()
             if not log.is_committed:

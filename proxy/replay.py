@@ -23,8 +23,8 @@ from proxy.tasks import off_loop
 from proxy.wire.chunks import assemble, fill_in, split, usage_event
 from proxy.wire.encoding import dumps, loads
 from proxy.wire.headers import header_value
-from proxy.wire.normal import read_usage
 from proxy.wire.sse import DONE
+from proxy.wire.usage import read_usage
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class Replays:
         answer.mode, answer.entry, answer.is_whole = Mode.REPLAY, entry.id, True
         answer.target = Target(*entry.target.split("/", 1))
         answer.usage, answer.first_at = read_usage(completion), self._now()
+        answer.model = str(completion["model"])
+        answer.finish_reason = next((choice.get("finish_reason") for choice in completion["choices"]), None)
         log.headers = answer.head | {
             "x-headwater-target": header_value(entry.target),
             "x-headwater-attempts": "0",

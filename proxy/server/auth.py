@@ -70,12 +70,14 @@ def caller_of(identity: Identity, headers: Mapping[str, str]) -> str:
 
 def may_ask(identity: Identity, model: str) -> bool:
     """Whether a model may be asked for, by this very name."""
-    return may_ask_any(identity) or (allows(identity.models, model) and allows(identity.team_models, model))
+    if may_ask_any(identity):
+        return True
+    return model not in identity.barred and allows(identity.models, model) and allows(identity.team_models, model)
 
 
 def may_ask_any(identity: Identity) -> bool:
     """Whether all models may be asked for."""
-    return identity is LOCAL or ("*" in identity.models and "*" in identity.team_models)
+    return identity is LOCAL or ("*" in identity.models and "*" in identity.team_models and not identity.barred)
 
 
 def check_model(identity: Identity, model: str) -> None:

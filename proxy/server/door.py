@@ -1,6 +1,6 @@
 """The door: what a request goes through that is taken from its connection, before its face sees it.
 
-It opens to POST requests for one path, and to GET requests for the paths that begin with another.
+Each kind of requests that it opens to is a `Way`; all others are aiohttp's.
 
 The same as the middleware does for aiohttp's routes, by the same functions: an id, admission, who asks, one place where an error
 becomes a response. And its body, which is mostly there with its head, and else is waited for.
@@ -9,7 +9,10 @@ becomes a response. And its body, which is mostly there with its head, and else 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, NamedTuple
 
 from aiohttp import web
 from aiohttp.http_parser import RawRequestMessage
@@ -19,30 +22,48 @@ from aiohttp.streams import StreamReader
 from proxy.errors import ClientError
 from proxy.server.connection import ClientConnection
 from proxy.server.downstream import Downstream
-from proxy.server.middleware import Visit, admit, failure_of, report_refused, visit_of
+from proxy.server.middleware import Visit, admit, failure_of, identify, report_left, report_refused, visit_of
 from proxy.server.state import State
 
-Face = Callable[[State, Visit, RawRequestMessage, bytes, Downstream], None]
-"""Starts the answer to a request, whose body is all there."""
+Later = Callable[[], Coroutine[Any, Any, None]]
+
+Face = Callable[[State, Visit, RawRequestMessage, bytes, Downstream], Later | None]
+"""Starts the answer to a request, whose body is all there: at once, or when what it returns was called and awaited."""
+
+
+class Way(NamedTuple):
+    """Requests that the door opens to: those by a method for a path, or for all paths that fit a pattern.
+
+    A pattern is matched against the whole path, in which of the percent-encoded characters only `/` and `%` still are.
+    """
+
+    method: str
+    path: str | re.Pattern[str]
+    face: Face
 
 
 class Door:
-    """Takes `POST path` to `post`, and `GET prefix…` to `get`."""
+    """Takes requests to the faces of its ways."""
 
-    def __init__(self, state: State, path: str, post: Face, prefix: str, get: Face) -> None:
+    def __init__(self, state: State, *ways: Way) -> None:
         self._state = state
-        self._path = path
-        self._post = post
-        self._prefix = prefix
-        self._get = get
+        self._faces = {(way.method, way.path): way.face for way in ways if isinstance(way.path, str)}
+        self._patterns = [(way.method, way.path, way.face) for way in ways if not isinstance(way.path, str)]
         self._max_body_bytes = int(state.settings.server.max_body_mb * 1024 * 1024)
         self._send_timeout_s = state.settings.streaming.send_timeout_s
 
     def is_for(self, message: RawRequestMessage) -> bool:
+        return self._face_of(message) is not None
+
+    def _face_of(self, message: RawRequestMessage) -> Face | None:
+        method = message.method
+        if (face := self._faces.get((method, message.path))) is not None:
+            return face
         # The target may be a whole URL too, or be percent-encoded where it need not be (RFC 9112 §3.2).
-        if message.method == "POST":
-            return message.path == self._path or message.url.path == self._path
-        return message.method == "GET" and message.url.path.startswith(self._prefix)
+        if (face := self._faces.get((method, message.url.path))) is not None:
+            return face
+        path = message.url.path_safe
+        return next((face for by, fits, face in self._patterns if by == method and fits.fullmatch(path)), None)
 
     def take(self, connection: ClientConnection, message: RawRequestMessage, payload: StreamReader) -> None:
         """Answer one request."""
@@ -54,7 +75,7 @@ class Door:
         down.headers = visit.headers
         try:
             admit(state, visit, message.path, headers)
-            visit.identity = state.auth.identify(headers)
+            identify(state, visit, headers)
             self._check(int(headers.get("Content-Length", 0)))
             # A client of HTTP/1.0 cannot expect anything (RFC 9110 §10.1.1).
             if "Expect" in headers and message.version >= HttpVersion11:
@@ -65,15 +86,34 @@ class Door:
             if payload.is_eof():
                 body = payload.read_nowait(-1)
                 self._check(len(body))
-                self._answer(visit, message, body, down)
-                return
-            down.receive(self._receive(down, visit, message, started, payload))
+                later = self._answer(visit, message, body, down)
+                if later is None:
+                    return
+                work = self._wait(down, visit, message, started, later)
+            else:
+                work = self._receive(down, visit, message, started, payload)
+            # It may be cancelled before its first turn, and then nothing in it is done.
+            down.receive(work).add_done_callback(partial(self._received, visit, started))
         except Exception as error:
             self._refuse(down, visit, message, error, started)
 
-    def _answer(self, visit: Visit, message: RawRequestMessage, body: bytes, down: Downstream) -> None:
-        face = self._post if message.method == "POST" else self._get
-        face(self._state, visit, message, body, down)
+    def _received(self, visit: Visit, started: float, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            report_left(self._state, visit, started)
+
+    def _answer(self, visit: Visit, message: RawRequestMessage, body: bytes, down: Downstream) -> Later | None:
+        face = self._face_of(message)
+        assert face is not None
+        return face(self._state, visit, message, body, down)
+
+    async def _wait(
+        self, down: Downstream, visit: Visit, message: RawRequestMessage, started: float, later: Later
+    ) -> None:
+        """See a face to its end that has to wait for something before its answer can start."""
+        try:
+            await later()
+        except Exception as error:
+            self._refuse(down, visit, message, error, started)
 
     async def _receive(
         self, down: Downstream, visit: Visit, message: RawRequestMessage, started: float, payload: StreamReader
@@ -86,7 +126,8 @@ class Door:
                 parts.append(part)
                 size += len(part)
                 self._check(size)
-            self._answer(visit, message, b"".join(parts), down)
+            if (later := self._answer(visit, message, b"".join(parts), down)) is not None:
+                await later()
         except Exception as error:
             self._refuse(down, visit, message, error, started)
 

@@ -23,7 +23,7 @@ from proxy.answerlog import StreamReader as LogReader
 from proxy.answers import Seat
 from proxy.errors import ProxyError
 from proxy.server.connection import ClientConnection
-from proxy.tasks import Tasks
+from proxy.tasks import LONG_WORK_BYTES, Tasks
 from proxy.wire.encoding import dumps
 from proxy.wire.headers import STREAM_HEADERS, header_lines
 
@@ -79,9 +79,11 @@ class Downstream:
         "_log",
         "_needs_head",
         "_on_over",
+        "_opening",
         "_payload",
         "_reader",
         "_send_timeout_s",
+        "_shape",
         "_task",
         "_tasks",
         "_timer",
@@ -115,27 +117,32 @@ class Downstream:
         self._needs_head = True
         self._is_ended = False
         self._is_full = False
+        self._opening = b""
+        self._shape: Callable[[bytes], bytes] | None = None
         self.headers: dict[str, str] = {}
         connection.begin(self)
 
     # What is to be answered: one of these.
 
-    def receive(self, work: Coroutine[Any, Any, None]) -> None:
+    def receive(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run `work`, which waits for the rest of the request, before the answer; it ends when the client leaves."""
         self._task = self._tasks.spawn(work, "receive")
+        return self._task
 
     def send_continue(self) -> None:
         """Tell the client to send its body (RFC 9110 §10.1.1)."""
         self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def stream(self, seat: Seat, *, wants_usage: bool) -> None:
-        """Deliver the answer as an event stream, as it grows."""
+    def stream(self, seat: Seat, *, wants_usage: bool, opening: bytes = b"") -> None:
+        """Deliver the answer as an event stream, as it grows, behind a comment that opens it."""
         self._log = seat.log
+        self._opening = opening
         self._read_by(LogReader(seat.log, self, seat.leave, wants_usage=wants_usage))
 
-    def whole(self, seat: Seat) -> None:
-        """Deliver the answer as one body, when it is whole."""
+    def whole(self, seat: Seat, shape: Callable[[bytes], bytes] | None = None) -> None:
+        """Deliver the answer as one body, when it is whole; or what `shape` makes of it, here or in another thread."""
         self._log = seat.log
+        self._shape = shape
         self._read_by(BodyReader(seat.log, self._send_whole, seat.leave))
 
     def rest(self, log: AnswerLog, on_left: Callable[[], object], *, wants_usage: bool, after: int) -> None:
@@ -164,7 +171,7 @@ class Downstream:
         transport = self._transport
         if self._needs_head:
             self._needs_head = False
-            transport.write(self._stream_head() + self._frame(segment))
+            transport.write(self._stream_head() + self._frame(self._opening + segment))
         elif self._is_chunked and len(segment) < len(_SIZE_LINES):
             transport.write(_SIZE_LINES[len(segment)] + segment + b"\r\n")
         else:
@@ -172,6 +179,8 @@ class Downstream:
         return not self._is_full
 
     def end(self, last: bytes) -> None:
+        if self._needs_head:
+            last = self._opening + last
         tail = self._frame(last) if last else b""
         if self._is_chunked:
             tail += b"0\r\n\r\n"
@@ -205,7 +214,20 @@ class Downstream:
             self.refuse(log.failure)
             return
         assert log.whole is not None
-        self._send(_JSON_HEAD + _LENGTH % len(log.whole) + header_lines(log.headers), log.whole)
+        if self._shape is None:
+            self._send_body(log, log.whole)
+        elif len(log.whole) < LONG_WORK_BYTES:
+            self._send_body(log, self._shape(log.whole))
+        else:
+            # The reader is at its end already.
+            self._is_ended = True
+            self._task = self._tasks.spawn(self._send_shaped(log, log.whole, self._shape), "shape an answer")
+
+    async def _send_shaped(self, log: AnswerLog, whole: bytes, shape: Callable[[bytes], bytes]) -> None:
+        self._send_body(log, await asyncio.to_thread(shape, whole))
+
+    def _send_body(self, log: AnswerLog, body: bytes) -> None:
+        self._send(_JSON_HEAD + _LENGTH % len(body) + header_lines(log.headers), body)
 
     def _send(self, first_part: bytes, body: bytes) -> None:
         connection = b""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 
-from proxy.chat import NO_LIMITS, Identity, Mode, Outcome, Ticket
-from proxy.policy.limits import Admission, Holder, Limiter, Refusal
+from proxy.chat import NO_LIMITS, Identity, Mode, Outcome
+from proxy.policy.limits import Admission, Holder, Kind, Limiter, Refusal
 
-# Of text that nobody has counted, a token for so many bytes.
-_BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN = 4
+"""Of text that nobody has counted, a token for so many bytes."""
 
-# An answer whose length nobody has bounded is thought to have so many.
-_UNSAID_TOKENS = 1000
+UNSAID_TOKENS = 1000
+"""An answer whose length nobody has bounded is thought to have so many."""
 
-# What has taken nothing of an upstream.
-_FREE = (Mode.REPLAY, Mode.COALESCED)
+FREE = (Mode.REPLAY, Mode.COALESCED)
+"""What has taken nothing of an upstream."""
 
 
 class Limiting:
@@ -25,44 +25,40 @@ class Limiting:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._limiter = Limiter(now())
+        self.refused: Counter[Kind] = Counter()
+        """How many calls were refused by a limit of which kind."""
 
-    @contextmanager
-    def admitted(
+    def admit(
         self, identity: Identity, told: dict[str, str], body_bytes: int, completion_tokens: int | None = 0
-    ) -> Iterator[Ticket | None]:
-        """A ticket for a call that is to be made within the block; None where nothing is limited.
+    ) -> Taken | None:
+        """Let a call in: what it takes, to be settled once; None where nothing is limited. ClientError 429.
 
         What is left is put into `told`, the headers of the response. `completion_tokens` are the most that the answer may
-        have, None where that was not said. ClientError 429.
+        have, None where that was not said.
         """
         chain = _chain(identity)
         if not chain:
-            yield None
-            return
-        tokens = body_bytes // _BYTES_PER_TOKEN
+            return None
+        tokens = body_bytes // BYTES_PER_TOKEN
         if completion_tokens is None:
             # A small limit is not to refuse every call that does not say it.
             most = min(holder.limits.tokens_per_minute or math.inf for holder in chain)
-            tokens = max(tokens, int(min(tokens + _UNSAID_TOKENS, most)))
+            tokens = max(tokens, int(min(tokens + UNSAID_TOKENS, most)))
         else:
             tokens += completion_tokens
         found = self._limiter.admit(chain, tokens, self._now())
         told.update(self._limiter.headers(chain, self._now()))
         if isinstance(found, Refusal):
+            self.refused[found.kind] += 1
             if found.retry_after_s is None:
                 # What OpenAI's programs look at before they try again.
                 told["x-should-retry"] = "false"
             raise found.error()
-        ticket = _Ticket(self._limiter, found, body_bytes // _BYTES_PER_TOKEN, self._now)
-        try:
-            yield ticket
-        except BaseException:
-            ticket.give_back(None)
-            raise
+        return Taken(self._limiter, found, body_bytes // BYTES_PER_TOKEN, self._now)
 
 
-class _Ticket:
-    """What a limited call has taken. One that is given back frees its slots, and counts the tokens that it really took."""
+class Taken:
+    """What a limited call has taken. Settling it frees its slots, and counts the tokens it really took; again does nothing."""
 
     __slots__ = ("_admission", "_body_tokens", "_limiter", "_now")
 
@@ -72,11 +68,11 @@ class _Ticket:
         self._body_tokens = body_tokens
         self._now = now
 
-    def give_back(self, outcome: Outcome | None) -> None:
-        self._limiter.settle(self._admission, self._taken(outcome), self._now())
+    def settle(self, outcome: Outcome) -> None:
+        self._limiter.settle(self._admission, self._tokens(outcome), self._now())
 
-    def _taken(self, outcome: Outcome | None) -> int:
-        if outcome is None or outcome.mode in _FREE:
+    def _tokens(self, outcome: Outcome) -> int:
+        if outcome.mode in FREE:
             return 0
         if outcome.usage is not None:
             return outcome.usage.prompt + outcome.usage.completion

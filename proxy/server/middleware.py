@@ -9,13 +9,15 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from proxy.addresses import is_loopback
-from proxy.chat import LOCAL, Identity, Mode, Outcome, Status
+from proxy.chat import LOCAL, Identity, Mode, Outcome, Status, status_of
 from proxy.errors import ClientError, OverloadedError, ProxyError
+from proxy.server.accounting import Entry
 from proxy.server.downstream import SERVER, cut, error_response
 from proxy.server.state import STATE, State
 
@@ -28,7 +30,8 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Visit:
     """What is noted about a request on its way. `headers` go out with its response, whatever that is.
 
-    `is_call` is set once a call was made of it, which then reports itself; `is_answered` once the head went out.
+    `is_call` is set once a call was made of it, which then reports itself; `is_answered` once the head went out. `is_known` is
+    set with who asks, and `entry` when it is known what for.
     """
 
     id: str
@@ -36,9 +39,13 @@ class Visit:
     is_call: bool = False
     is_answered: bool = False
     identity: Identity = LOCAL
+    is_known: bool = False
+    entry: Entry | None = None
 
 
 VISIT = web.RequestKey("visit", Visit)
+
+_LEFT = 499  # nginx's name for a client that closed its connection
 
 _RUN = os.urandom(6).hex()
 _numbers = itertools.count(1)
@@ -56,14 +63,27 @@ _EXPOSED = (
     "x-headwater-attempts",
     "x-headwater-stream",
     "x-headwater-error-source",
+    "x-headwater-job",
     "retry-after",
 )
 # Who comes back to an answer makes no new call.
 _OPEN_WHILE_DRAINING = ("/health", "/ready", "/metrics", "/v1/streams/")
 
 # Who needs which key, by the route as it is written: all that is not here needs a virtual one.
-_FOR_ALL = ("/health", "/ready")
+_FOR_ALL = ("/health", "/ready", "/openapi.json")
 _FOR_ADMINISTRATORS = ("/admin/", "/metrics")
+
+
+def needed_key(path: str) -> Literal["none", "virtual", "admin"]:
+    """Which key a route needs, by its path as it is written."""
+    if path in _FOR_ALL:
+        return "none"
+    return "admin" if path.startswith(_FOR_ADMINISTRATORS) else "virtual"
+
+
+def is_open_while_draining(path: str) -> bool:
+    """Whether it is answered although the proxy is stopping."""
+    return path.startswith(_OPEN_WHILE_DRAINING)
 
 
 def visit_of(headers: Mapping[str, str]) -> Visit:
@@ -77,7 +97,7 @@ def admit(state: State, visit: Visit, path: str, headers: Mapping[str, str]) -> 
     """Refuse what may not come in: pages of strange origins, and calls while the proxy stops. Raises ProxyError."""
     if "Origin" in headers:
         visit.headers |= _cors(headers, state)
-    if state.is_draining and not path.startswith(_OPEN_WHILE_DRAINING):
+    if state.is_draining and not is_open_while_draining(path):
         raise OverloadedError("shutting_down", "The proxy is shutting down.", retry_after_s=5)
 
 
@@ -102,10 +122,25 @@ def failure_of(error: Exception, state: State, visit: Visit, what: str) -> Proxy
     return ProxyError(500, "internal_error", "The proxy failed.")
 
 
+def identify(state: State, visit: Visit, headers: Mapping[str, str]) -> None:
+    """See who asks. ClientError 401, 403."""
+    visit.identity = state.auth.identify(headers)
+    visit.is_known = True
+
+
 def report_refused(state: State, visit: Visit, failure: ProxyError, started: float) -> None:
-    """Book a request that was refused before a call was made of it."""
-    if not visit.is_call:
-        state.report(_refused(visit.id, failure, state.now() - started))
+    """Book a request that was refused before a call was made of it. The ledger has it where it is known who asked."""
+    if visit.is_call:
+        return
+    if visit.entry is None and visit.is_known:
+        visit.entry = state.accounting.entry(visit.identity, visit.id)
+    state.report(_unmade(visit, status_of(failure), failure.status, failure.word, state.now() - started))
+
+
+def report_left(state: State, visit: Visit, started: float) -> None:
+    """Book a call whose client has left before it was made, if it was known what for."""
+    if visit.entry is not None and not visit.is_call:
+        state.report(_unmade(visit, Status.CANCELLED, _LEFT, None, state.now() - started))
 
 
 @web.middleware
@@ -136,12 +171,13 @@ async def around(request: web.Request, handler: _Handler) -> web.StreamResponse:
 def _authenticate(state: State, visit: Visit, request: web.Request) -> None:
     """See who asks for a route. What no route serves tells nothing to anybody."""
     resource = request.match_info.route.resource
-    if resource is None or resource.canonical in _FOR_ALL:
+    if resource is None:
         return
-    if resource.canonical.startswith(_FOR_ADMINISTRATORS):
-        state.auth.admit_admin(request.headers)
-    else:
-        visit.identity = state.auth.identify(request.headers)
+    match needed_key(resource.canonical):
+        case "admin":
+            state.auth.admit_admin(request.headers)
+        case "virtual":
+            identify(state, visit, request.headers)
 
 
 async def before_head(request: web.Request, response: web.StreamResponse) -> None:
@@ -170,7 +206,7 @@ def _cors(headers: Mapping[str, str], state: State) -> dict[str, str]:
         raise ClientError(403, "origin_not_allowed", "This origin is not among server.cors_origins.")
     return {
         "Access-Control-Allow-Origin": origin,
-        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
         "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers", "authorization, content-type"),
         "Access-Control-Expose-Headers": ", ".join(_EXPOSED),
         "Access-Control-Max-Age": "600",
@@ -185,20 +221,18 @@ def _host_of(origin: str) -> str:
         return ""
 
 
-_STATUS = {ClientError: Status.CLIENT_ERROR, OverloadedError: Status.REJECTED}
-
-
-def _refused(call_id: str, error: ProxyError, duration_s: float) -> Outcome:
+def _unmade(visit: Visit, status: Status, http_status: int, error: str | None, duration_s: float) -> Outcome:
     return Outcome(
-        call_id=call_id,
-        model="",
+        call_id=visit.id,
+        model=visit.entry.model if visit.entry is not None else "",
         target=None,
         mode=Mode.NONE,
-        status=_STATUS.get(type(error), Status.INTERNAL_ERROR),
-        http_status=error.status,
+        status=status,
+        http_status=http_status,
         attempts=0,
         ttft_s=None,
         duration_s=duration_s,
         usage=None,
-        error=error.word,
+        error=error,
+        ticket=visit.entry,
     )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from urllib.parse import unquote
 
 from aiohttp import web
 from aiohttp.http_parser import RawRequestMessage
-from multidict import CIMultiDict
+from multidict import CIMultiDict, MultiMapping
 
-from proxy.chat import Identity, Target
+from proxy.answers import Seat
+from proxy.chat import ChatRequest, Target
 from proxy.dialects.openai import encode
 from proxy.errors import ClientError, UpstreamError
 from proxy.policy.limits import most_completion_tokens
+from proxy.server.accounting import Entry
 from proxy.server.auth import caller_of, check_model, may_ask, may_ask_any
+from proxy.server.door import Later, Way
 from proxy.server.downstream import Downstream, cut, json_response
 from proxy.server.middleware import VISIT, Visit
 from proxy.server.state import STATE, State
@@ -23,6 +27,9 @@ from proxy.wire.headers import STREAM_HEADERS, downstream_headers, header_value,
 from proxy.wire.requests import parse_chat_request, parse_object, parse_wishes, required_model, with_one_model
 
 CHAT_PATH = "/v1/chat/completions"
+
+JOB, PURPOSE = "x-headwater-job", "x-headwater-purpose"
+"""The headers by which a call says which job it belongs to, and in a word of its own what it is for."""
 
 # What an account at an upstream holds (https://platform.openai.com/docs/api-reference): all teams' alike, and what is done with
 # it may name models of its own.
@@ -42,27 +49,77 @@ _OF_THE_ACCOUNT = frozenset(
     )
 )
 
+# What generates text: its answers have as many tokens as nobody knows.
+_GENERATING = ("completions", "responses", "messages")
+
 # What names a field `model` for any reader of forms, plainly or as RFC 5987 has it.
 _MODEL_NAMES = re.compile(rb"""[;\s]name\*?\s*=\s*(?:[\w-]+'[^']*')?"?model["';\s]""", re.IGNORECASE)
 
 
-def chat_completions(state: State, visit: Visit, message: RawRequestMessage, body: bytes, down: Downstream) -> None:
-    """POST /v1/chat/completions"""
-    headers = message.headers
+def chat_completions(
+    state: State, visit: Visit, message: RawRequestMessage, body: bytes, down: Downstream
+) -> Later | None:
+    """POST /v1/chat/completions: an answer, as a stream or as one body. Every parameter passes through unread."""
     chat = parse_chat_request(body)
-    if not may_ask_any(visit.identity):
-        check_model(visit.identity, chat.model)
-        if (plain := with_one_model(body, chat.body)) is not body:
-            chat = parse_chat_request(plain)
-    wishes = parse_wishes(headers)
-    caller = caller_of(visit.identity, headers)
-    with state.limiting.admitted(visit.identity, visit.headers, len(body), most_completion_tokens(chat.body)) as ticket:
-        seat = state.pipeline.start(visit.id, chat, upstream_headers(headers), caller, wishes, ticket=ticket)
-    visit.is_call = True
+    entry = begin(state, visit, message.headers, chat.model, chat.body.get("user"))
+    start = prepared(state, visit, entry, message.headers, chat)
+    if entry.job is not None:
+        return partial(_chat_in_job, visit, entry, start, chat, down)
+    deliver(start(), chat, down)
+    return None
+
+
+WAY = Way("POST", CHAT_PATH, chat_completions)
+
+
+async def _chat_in_job(
+    visit: Visit, entry: Entry, start: Callable[[], Seat], chat: ChatRequest, down: Downstream
+) -> None:
+    await enter_job(visit, entry)
+    deliver(start(), chat, down)
+
+
+def deliver(seat: Seat, chat: ChatRequest, down: Downstream) -> None:
+    """Answer as the request wants it."""
     if chat.wants_stream:
         down.stream(seat, wants_usage=chat.wants_usage)
     else:
         down.whole(seat)
+
+
+def prepared(
+    state: State, visit: Visit, entry: Entry, headers: MultiMapping[str], chat: ChatRequest
+) -> Callable[[], Seat]:
+    """What starts a call that may be made. ClientError 400, 403, 429 when it may not."""
+    if not may_ask_any(visit.identity):
+        check_model(visit.identity, chat.model)
+        if (plain := with_one_model(chat.raw, chat.body)) is not chat.raw:
+            chat = parse_chat_request(plain)
+    wishes = parse_wishes(headers)
+    caller = caller_of(visit.identity, headers)
+    entry.admit(visit.headers, len(chat.raw), most_completion_tokens(chat.body))
+
+    def start() -> Seat:
+        seat = state.pipeline.start(visit.id, chat, upstream_headers(headers), caller, wishes, ticket=entry)
+        visit.is_call = True
+        entry.log = seat.log
+        return seat
+
+    return start
+
+
+async def enter_job(visit: Visit, entry: Entry) -> None:
+    """Begin a call of a job, before anything of an answer is given. ClientError 404 without such a job, 409 when it has ended."""
+    await entry.enter_job()
+    visit.headers[JOB] = entry.job or ""
+
+
+def begin(state: State, visit: Visit, headers: Mapping[str, str], model: str, user: object = None) -> Entry:
+    """The entry of a call that begins, for a model; from now on it is accounted for, also when it is refused."""
+    visit.entry = entry = state.accounting.entry(
+        visit.identity, visit.id, model, user=user, job=headers.get(JOB), purpose=headers.get(PURPOSE, "")
+    )
+    return entry
 
 
 async def misplaced(request: web.Request) -> web.StreamResponse:
@@ -71,14 +128,14 @@ async def misplaced(request: web.Request) -> web.StreamResponse:
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    """GET /v1/models: what the upstreams list, and the aliases; of these, what may be asked for."""
+    """GET /v1/models: what the upstreams list, the aliases and the model groups; of these, what may be asked for."""
     identity = request[VISIT].identity
     models = await request.app[STATE].listing.models()
     return json_response({"object": "list", "data": [model for model in models if may_ask(identity, model["id"])]})
 
 
 async def get_model(request: web.Request) -> web.StreamResponse:
-    """GET /v1/models/{model}"""
+    """GET /v1/models/{model}: one of them."""
     name = request.match_info["model"]
     for model in await request.app[STATE].listing.models():
         if model["id"] == name and may_ask(request[VISIT].identity, name):
@@ -87,7 +144,8 @@ async def get_model(request: web.Request) -> web.StreamResponse:
 
 
 async def pass_on(request: web.Request) -> web.StreamResponse:
-    """Any other /v1 route: to the upstream that serves the body's model, or to the first one; both ways unread.
+    """* /v1/{rest}: any other request of OpenAI's, both ways unread. It goes to the upstream that serves the body's model, or
+    to the first one.
 
     Who has a virtual key must name a model, in a POST, and nothing that the account at the upstream holds: files, batches,
     stored answers belong to all teams alike.
@@ -97,7 +155,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     if visit.identity.key and not (request.method == "POST" and _first_word(request.path) not in _OF_THE_ACCOUNT):
         raise _nameless()
     body = await request.read() if request.can_read_body else None
-    target, body = _target_of(state, visit.identity, request.content_type, request.headers, body)
+    entry, target, body = _target_of(state, visit, request.content_type, request.headers, body)
     path = request.rel_url.raw_path.removeprefix("/v1")
     if query := request.rel_url.raw_query_string:
         path = f"{path}?{query}"
@@ -108,10 +166,9 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     headers["x-request-id"] = visit.id
     response: web.StreamResponse | None = None
     try:
-        with state.limiting.admitted(visit.identity, visit.headers, len(body or b"")) as ticket:
-            visit.is_call = True
-            passing = state.passing.pass_on(visit.id, target, request.method, path, body, headers, ticket)
-        async with passing as reply:
+        entry.admit(visit.headers, len(body or b""), None if _last_word(path) in _GENERATING else 0)
+        visit.is_call = True
+        async with state.passing.pass_on(visit.id, target, request.method, path, body, headers, entry) as reply:
             down = CIMultiDict(downstream_headers(reply.headers))
             down["x-headwater-target"] = header_value(str(target))
             if reply.headers.get("Content-Type", "").startswith("text/event-stream"):
@@ -136,21 +193,23 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
 
 
 def _target_of(
-    state: State, identity: Identity, content_type: str, headers: Mapping[str, str], body: bytes | None
-) -> tuple[Target, bytes | None]:
-    """Where a request goes, and its body with the model's name as that upstream knows it."""
-    routes = state.routes
+    state: State, visit: Visit, content_type: str, headers: Mapping[str, str], body: bytes | None
+) -> tuple[Entry, Target, bytes | None]:
+    """The entry of a call, where it goes, and its body with the model's name as that upstream knows it."""
+    routes, identity = state.routes, visit.identity
     if body and (content_type.endswith("json") or body.lstrip()[:1] == b"{"):
         value = parse_object(body)
         if "model" in value:
             name = required_model(value)
+            entry = begin(state, visit, headers, name, value.get("user"))
             if not may_ask_any(identity):
                 check_model(identity, name)
                 body = with_one_model(body, value)
             target = routes.resolve(name).targets[0]
-            return target, body if target.model == name else encode({**value, "model": target.model})
+            return entry, target, body if target.model == name else encode({**value, "model": target.model})
     elif body and content_type == "multipart/form-data" and (found := _model_field(headers, body)) is not None:
         name = body[found.start(1) : found.end(1)].decode("utf-8", "replace")
+        entry = begin(state, visit, headers, name)
         # Which of several an upstream reads is its own affair, and only one is looked at.
         if identity.key and len(_MODEL_NAMES.findall(body)) > 1:
             raise ClientError(400, "several_models", "Only one field may name a model.", param="model")
@@ -158,10 +217,10 @@ def _target_of(
         target = routes.resolve(name).targets[0]
         if target.model != name:
             body = body[: found.start(1)] + target.model.encode() + body[found.end(1) :]
-        return target, body
+        return entry, target, body
     if identity.key:
         raise _nameless()
-    return Target(routes.default_upstream(), "-"), body
+    return begin(state, visit, headers, ""), Target(routes.default_upstream(), "-"), body
 
 
 def _model_field(headers: Mapping[str, str], body: bytes) -> re.Match[bytes] | None:
@@ -176,6 +235,10 @@ def _model_field(headers: Mapping[str, str], body: bytes) -> re.Match[bytes] | N
 def _nameless() -> ClientError:
     words = "With a virtual key only POST requests that name a model, and no files or the like, are passed on."
     return ClientError(403, "model_required", words, param="model")
+
+
+def _last_word(path: str) -> str:
+    return path.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def _first_word(path: str) -> str:

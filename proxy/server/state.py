@@ -11,13 +11,14 @@ from proxy.chat import Outcome
 from proxy.inflight import InFlight
 from proxy.passing import Passing
 from proxy.pipeline import Pipeline
-from proxy.policy.pricing import Prices
 from proxy.policy.routing import Routes
+from proxy.pricelookup import PriceLookup
+from proxy.server.accounting import Accounting
 from proxy.server.auth import Auth
-from proxy.server.limiting import Limiting
 from proxy.settings import Settings
 from proxy.store.accounts import Accounts
 from proxy.store.capabilities import CapabilityStore
+from proxy.store.ledger import Ledger
 from proxy.tasks import Tasks
 from proxy.upstream.circuits import Circuits
 from proxy.upstream.listing import Listing
@@ -37,8 +38,9 @@ class State:
     listing: Listing
     accounts: Accounts
     auth: Auth
-    limiting: Limiting
-    prices: Prices
+    ledger: Ledger
+    accounting: Accounting
+    price_lookup: PriceLookup
     tasks: Tasks
     report: Callable[[Outcome], None]
     now: Callable[[], float]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from aiohttp import web
 from aiohttp.http_parser import RawRequestMessage
 
 from proxy.errors import ClientError
 from proxy.server.auth import caller_of
+from proxy.server.door import Way
 from proxy.server.downstream import Downstream
 from proxy.server.middleware import Visit
 from proxy.server.state import State
@@ -36,6 +39,9 @@ def resume(state: State, visit: Visit, message: RawRequestMessage, body: bytes, 
     seat = None if kept.answer is None else state.pipeline.rejoin(kept.answer)
     on_left = (lambda: None) if seat is None else seat.leave
     down.rest(kept.log, on_left, wants_usage=kept.wants_usage, after=after)
+
+
+WAY = Way("GET", re.compile(re.escape(PREFIX) + ".*", re.DOTALL), resume)
 
 
 async def only_read(request: web.Request) -> web.StreamResponse:

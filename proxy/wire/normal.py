@@ -33,6 +33,7 @@ from proxy.chat import Usage
 from proxy.wire.encoding import dumps, loads
 from proxy.wire.lane import Lane, is_utf8, string_rest
 from proxy.wire.sse import EventSplitter, data_event, parse_event
+from proxy.wire.usage import read_usage
 
 _MAX_LANES = 4
 _MAX_DONE_BYTES = 32
@@ -87,6 +88,7 @@ class Normalizer:
         "_usage_chunk",
         "_waiting",
         "error",
+        "finish_reason",
         "is_done",
         "is_ending",
         "is_finished",
@@ -112,6 +114,8 @@ class Normalizer:
         self._usage_chunk: dict[str, Any] | None = None
         self.usage: Usage | None = None
         """What the upstream said last, or most."""
+        self.finish_reason: str | None = None
+        """Why it ended, as the first choice that did says."""
         self.error: dict[str, Any] | None = None
         """The data of an error event: nothing after it is read."""
         self.malformed = 0
@@ -128,6 +132,11 @@ class Normalizer:
     def id(self) -> str:
         """The answer's id, as its events have it; known from the first one that is sent."""
         return self._id or self._expected.fallback_id
+
+    @property
+    def model(self) -> str | None:
+        """How the upstream calls the model; None where it has not said."""
+        return self._model
 
     @property
     def events(self) -> int:
@@ -302,7 +311,12 @@ class Normalizer:
         if known is None:
             self.usage = usage
             return True
-        self.usage = Usage(max(usage.prompt, known.prompt), max(usage.completion, known.completion))
+        self.usage = Usage(
+            max(usage.prompt, known.prompt),
+            max(usage.completion, known.completion),
+            cached=max(usage.cached, known.cached),
+            reasoning=max(usage.reasoning, known.reasoning),
+        )
         return usage == self.usage
 
     def _mend_choices(self, chunk: dict[str, Any]) -> bool:
@@ -355,6 +369,8 @@ class Normalizer:
             else:
                 state.is_finished = True
                 self._finished += 1
+                if self.finish_reason is None:
+                    self.finish_reason = str(choice["finish_reason"])
                 self.is_meaningful = True
         if not state.has_content:
             for name, value in delta.items():
@@ -451,20 +467,6 @@ def renaming(old: str, new: str) -> Callable[[bytes], bytes]:
     name, value = dumps(old), b'"id":' + dumps(new)
     dense, spaced = b'"id":' + name, b'"id": ' + name
     return lambda segment: segment.replace(dense, value).replace(spaced, value)
-
-
-def read_usage(body: dict[str, Any]) -> Usage | None:
-    """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap."""
-    usage = body.get("usage")
-    if not usage and "x_groq" in body and isinstance(body["x_groq"], dict):
-        usage = body["x_groq"].get("usage")
-    if not isinstance(usage, dict):
-        return None
-    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
-    completion = usage.get("completion_tokens", usage.get("output_tokens"))
-    if not isinstance(prompt, int) and not isinstance(completion, int):
-        return None
-    return Usage(prompt if isinstance(prompt, int) else 0, completion if isinstance(completion, int) else 0)
 
 
 def _parse_object(data: bytes) -> dict[str, Any] | None:

@@ -39,7 +39,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 def parse_chat_request(raw: bytes) -> ChatRequest:
     """The request in a chat completion's body. ClientError 400 names the member that is wrong in `param`."""
-    body = parse_object(raw)
+    return chat_request(raw, parse_object(raw))
+
+
+def chat_request(raw: bytes, body: dict[str, Any]) -> ChatRequest:
+    """The same, of a body that was parsed already: `body` is what `raw` says."""
     model = required_model(body)
     messages = body.get("messages")
     if messages is None:

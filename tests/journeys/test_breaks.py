@@ -14,7 +14,7 @@ from typing import Any
 import h11
 import pytest
 
-from tests.conftest import Proxy
+from tests.conftest import Proxy, Start
 from tests.fakes.client import Answer, Client, chat
 from tests.fakes.upstream import COMPLETION, DONE, FakeUpstream, Received, Wire, chunk, finish, role, text, usage
 
@@ -92,6 +92,11 @@ async def _is_well(proxy: Proxy, upstream: FakeUpstream, answer: bytes) -> None:
     await proxy.ledger.next()
     async with proxy.get("/ready") as response:
         assert (await response.json())["in_flight"] == 0
+
+
+@pytest.fixture
+async def proxy(start: Start) -> Proxy:
+    return await start(ledger={"calls": "paid"})
 
 
 @pytest.mark.parametrize("how", ["FIN", "RST"])

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import test_utils, web
 
 from proxy.chat import Outcome
-from proxy.server.app import make_app, parts, state_of
+from proxy.server.app import make_app, opened_ledger, parts, state_of
 from tests.conftest import Proxy, Start, make_settings
 from tests.fakes.upstream import (
     COMPLETION,
@@ -391,8 +391,8 @@ async def test_an_error_of_our_own_is_told_without_detail(
         raise RuntimeError("the password is swordfish")
 
     settings = make_settings(tmp_path, upstream.url)
-    async with parts(settings, rows.append) as made:
-        state = state_of(settings, made, rows.append)
+    async with opened_ledger(settings) as ledger, parts(settings, rows.append) as made:
+        state = state_of(settings, made, ledger, rows.append)
         app = make_app(state)
         app.router.add_get("/boom", boom)
         server = test_utils.TestServer(app)
@@ -458,9 +458,14 @@ async def test_every_answer_has_its_own_request_id(upstream: FakeUpstream, proxy
 async def test_the_next_call_is_served_as_if_nothing_had_been(
     upstream: FakeUpstream, once: Proxy, trouble: Play
 ) -> None:
-    upstream.plays(trouble, stream(role(), text("Hello"), finish()))
+    well = stream(role(), text("Hello"), finish())
 
-    async with once.chat(stream=True) as response:
+    async def play(request: Received, wire: Wire) -> None:
+        # The same call may come twice, on an old connection and on a new one.
+        await (trouble if request.headers["x-request-id"] == "first" else well)(request, wire)
+
+    upstream.plays(play)
+    async with once.chat(headers={"x-request-id": "first"}, stream=True) as response:
         await response.read()
     assert (await once.ledger.next())["status"] == "upstream_error"
 

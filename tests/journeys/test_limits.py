@@ -47,7 +47,7 @@ async def test_requests_per_minute(upstream: FakeUpstream, proxy: Proxy) -> None
     assert "2 requests per minute for this key" in body["error"]["message"]
     assert len(upstream.requests) == 2
     rows = [await proxy.ledger.next() for _ in range(3)]
-    assert [row["status"] for row in rows] == ["ok", "ok", "client_error"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "rejected"]
     assert (await ask(proxy, await key_of(proxy)))[0] == 200, "another key of the team has none of this"
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from proxy.chat import Usage
 from proxy.wire.chunks import assemble
-from proxy.wire.normal import Expected, Normalizer, read_usage
+from proxy.wire.normal import Expected, Normalizer
 from proxy.wire.sse import EventTooLarge
+from proxy.wire.usage import read_usage
 from tests.conftest import examples
 
 EXPECTED = Expected(fallback_id="chatcmpl-ours", created=1111, model="asked-for")

@@ -1,0 +1,81 @@
+"""What an upstream says of the tokens that an answer took."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from proxy.chat import Usage
+from proxy.wire.encoding import loads
+
+TAIL_BYTES = 4096
+"""Within so many of the last bytes of an answer its usage is said, whichever the route: behind the rest, and short."""
+
+_CHARACTERS_PER_TOKEN = 4
+
+_usage_member = re.compile(r'"usage"\s*:\s*(?=\{)')
+_decoder = json.JSONDecoder()
+
+
+def read_usage(body: dict[str, Any]) -> Usage | None:
+    """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap."""
+    usage = body.get("usage")
+    if not usage and "x_groq" in body and isinstance(body["x_groq"], dict):
+        usage = body["x_groq"].get("usage")
+    if not isinstance(usage, dict):
+        return None
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    completion = usage.get("completion_tokens", usage.get("output_tokens"))
+    if not isinstance(prompt, int) and not isinstance(completion, int):
+        return None
+    return Usage(
+        prompt if isinstance(prompt, int) else 0,
+        completion if isinstance(completion, int) else 0,
+        cached=_detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
+        reasoning=_detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"),
+    )
+
+
+def _detail(usage: dict[str, Any], places: tuple[str, str], name: str) -> int:
+    """A count within a usage object; 0 where nothing is said of it."""
+    for place in places:
+        if isinstance(details := usage.get(place), dict) and isinstance(count := details.get(name), int):
+            return count
+    return 0
+
+
+def usage_at_end(tail: bytes) -> Usage | None:
+    """What the end of an answer that nobody reads says of its tokens: the last usage object in it, of JSON or of a stream.
+
+    None where there is none.
+    """
+    text = tail.decode("utf-8", "replace")
+    for found in reversed(list(_usage_member.finditer(text))):
+        try:
+            value, _ = _decoder.raw_decode(text, found.end())
+        except ValueError:
+            continue
+        if (usage := read_usage({"usage": value})) is not None:
+            return usage
+    return None
+
+
+def generated(segment: bytes) -> int:
+    """About how many tokens some events of a stream in normal form say: one for up to four characters."""
+    tokens = 0
+    for event in segment.split(b"\n\n"):
+        if event.startswith(b"data: {"):
+            tokens += _tokens_of(loads(event[6:]))
+    return tokens
+
+
+def _tokens_of(chunk: dict[str, Any]) -> int:
+    tokens = 0
+    for choice in chunk["choices"]:
+        delta = choice["delta"]
+        said = [delta.get(name) for name in ("content", "reasoning_content", "reasoning", "refusal")]
+        said += [call.get("function", {}).get("arguments") for call in delta.get("tool_calls") or ()]
+        characters = sum(len(text) for text in said if isinstance(text, str))
+        tokens += -(-characters // _CHARACTERS_PER_TOKEN)
+    return tokens

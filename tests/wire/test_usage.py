@@ -1,0 +1,78 @@
+"""What answers say of the tokens they took: where nobody reads them, and while they grow."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.chat import Usage
+from proxy.wire.usage import TAIL_BYTES, generated, usage_at_end
+from tests.fakes.upstream import event, text
+
+DETAILS = {
+    "input_tokens": 36,
+    "input_tokens_details": {"cached_tokens": 30},
+    "output_tokens": 87,
+    "output_tokens_details": {"reasoning_tokens": 64},
+}
+DETAILED = Usage(36, 87, cached=30, reasoning=64)
+
+
+def tail(value: Any) -> bytes:
+    return json.dumps(value).encode()[-TAIL_BYTES:]
+
+
+@pytest.mark.parametrize(
+    ("end", "usage"),
+    [
+        (tail({"data": [{"embedding": [0.25] * 5000}], "usage": {"prompt_tokens": 8, "total_tokens": 8}}), Usage(8, 0)),
+        (tail({"usage": {"prompt_tokens": 8, "completion_tokens": 0}, "model": "m", "object": "list"}), Usage(8, 0)),
+        (
+            b"event: response.completed\ndata: " + tail({"response": {"usage": DETAILS, "user": None}}) + b"\n\n",
+            DETAILED,
+        ),
+        (tail({"usage": None, "choices": []}), None),
+        (tail({"text": 'says "usage": {"prompt_tokens": 5}'}), None),
+        (tail({"usage": {"seconds": 12}}), None),
+        (
+            b'data: {"usage": {"prompt_tokens": 3}}\n\ndata: {"usage": {"prompt_tokens": 7, "completion_tokens": 2}}',
+            Usage(7, 2),
+        ),
+        (b'"usage": {"prompt_tokens": 3}, "usage": {"prompt', Usage(3, 0)),
+        (b"\xff\xfe", None),
+        (b"", None),
+    ],
+)
+def test_the_end_of_an_answer_says_its_usage(end: bytes, usage: Usage | None) -> None:
+    assert usage_at_end(end) == usage
+
+
+@given(st.binary(max_size=200))
+def test_whatever_an_answer_ends_with_is_no_failure(end: bytes) -> None:
+    usage_at_end(b'"usage": {' + end)
+
+
+@pytest.mark.parametrize(
+    ("segment", "tokens"),
+    [
+        (text("a"), 1),
+        (text("four"), 1),
+        (text("fives"), 2),
+        (text("") + text("Hello") + b": ping\n\n", 2),
+        (event({"choices": [{"index": 0, "delta": {"reasoning_content": "hm", "content": None}}]}), 1),
+        (
+            event(
+                {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}}]}
+            ),
+            1,
+        ),
+        (event({"choices": [], "usage": {}}), 0),
+        (b"data: [DONE]\n\n", 0),
+    ],
+)
+def test_what_some_events_say_in_tokens(segment: bytes, tokens: int) -> None:
+    assert generated(segment) == tokens
