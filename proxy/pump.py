@@ -8,8 +8,10 @@ What came together with `[DONE]` is left to whoever ends the log (`rest`), so th
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable
 
+from proxy.histogram import BOUNDS_S
 from proxy.upstream.watch import Watch
 from proxy.wire.lane import Lane
 from proxy.wire.normal import Normalizer
@@ -32,11 +34,13 @@ def _nowhere(segment: bytes) -> None:
 class Pump:
     """Carries one stream. `begin` gets the pump at the first event that means something; what it gives is the outlet.
 
-    Times are the event loop's, in seconds.
+    Times are the event loop's, in seconds. In `gap_counts`, a Histogram's with the bounds BOUNDS_S, it counts the pauses between
+    reads that brought something of the answer: from `first_event_at` to `said_at` in all.
     """
 
     __slots__ = (
         "_begin",
+        "_gap_counts",
         "_held",
         "_lane",
         "_normalizer",
@@ -50,10 +54,13 @@ class Pump:
         "said_at",
     )
 
-    def __init__(self, normalizer: Normalizer, watch: Watch, begin: Callable[[Pump], Outlet]) -> None:
+    def __init__(
+        self, normalizer: Normalizer, watch: Watch, begin: Callable[[Pump], Outlet], gap_counts: list[int]
+    ) -> None:
         self._normalizer = normalizer
         self._watch = watch
         self._begin = begin
+        self._gap_counts = gap_counts
         self._pass_on: Outlet = _nowhere
         self._now = asyncio.get_running_loop().time
         self._lane: Lane | None = None
@@ -68,7 +75,9 @@ class Pump:
         """Take one read; false when the stream has said that it is over. Raises what the outlet raises."""
         if self._lane is not None and self._lane.passes(data):
             # All but a few chunks of a stream end here, and their price is how many objects they touch on their way.
-            self.heard_at = self.said_at = self._now()
+            now = self._now()
+            self._gap_counts[bisect_left(BOUNDS_S, now - self.said_at)] += 1
+            self.heard_at = self.said_at = now
             self._pass_on(data)
             return True
         normalizer = self._normalizer
@@ -77,6 +86,7 @@ class Pump:
         if self.first_event_at is None:
             segment = self._hold(segment)
         elif segment:
+            self._gap_counts[bisect_left(BOUNDS_S, self.heard_at - self.said_at)] += 1
             self.said_at = self.heard_at
         if self.first_event_at is not None:
             self._lane = normalizer.lane
