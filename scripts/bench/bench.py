@@ -72,7 +72,9 @@ class Bench:
         except AbsentError as reason:
             self.absent[who] = str(reason)
             return {}
-        job = replace(measure.job, port=running.port, pid=running.process.pid if running.process else None)
+        job = replace(
+            measure.job, port=running.port, pid=running.process.pid if running.process else None, key=running.key
+        )
         found, fault = self.play(job)
         self._used.add(who)
         if fault is not None:
@@ -110,7 +112,7 @@ class Bench:
     def warm_up(self, who: str, running: Running) -> None:
         """Have it answer what is answered before any figure is taken. AbsentError when the answers are wrong."""
         for job in WARM_UP:
-            _, fault = self.play(replace(job, port=running.port))
+            _, fault = self.play(replace(job, port=running.port, key=running.key))
             if fault is not None:
                 self.faults.append(f"{who}, warm-up: {fault}")
                 raise AbsentError("its first answers were wrong")

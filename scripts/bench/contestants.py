@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +24,9 @@ import procfs
 _HERE = Path(__file__).resolve().parent
 _START_S = 20.0
 _STOP_S = 10.0
+
+UNLEDGERED, WITH_KEYS = "no ledger", "keys+limits"
+"""Headwater without the rows of calls that cost nobody anything; and with virtual keys and limits."""
 
 _NGINX_CONF = """
 daemon off;
@@ -77,10 +80,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A contestant that answers on `port`; without a process it is the upstream itself."""
+    """A contestant that answers on `port` whoever presents `key`; without a process it is the upstream itself."""
 
     port: int
     process: subprocess.Popen[str] | None
+    key: str = "sk-bench"
 
     def stop(self) -> None:
         if self.process is not None:
@@ -158,11 +162,38 @@ def _plain_uvloop(place: Place) -> Running:
     return _start(place, [sys.executable, str(_HERE / "plain_relay.py"), url, "--uvloop"])
 
 
-def _headwater(place: Place) -> Running:
+_COMMAND = [sys.executable, "-m", "proxy"]
+
+
+def _headwater(place: Place, **settings: str) -> Running:
+    """As it is without a config file, but for what the environment is to say."""
     url = f"http://127.0.0.1:{place.upstream_port}/v1"
     # The others have no cache; what ours costs is shown by bench-cache.
-    command = [sys.executable, "-m", "proxy", "serve", "--port", "0", "--upstream", url, "--no-cache"]
-    return _start(place, command, {"HEADWATER_STORE__PATH": str(place.dir / "headwater.db")})
+    command = [*_COMMAND, "serve", "--port", "0", "--upstream", url, "--no-cache"]
+    return _start(place, command, _environment(place) | settings)
+
+
+def _headwater_unledgered(place: Place) -> Running:
+    return _headwater(place, HEADWATER_LEDGER__CALLS="paid")
+
+
+def _headwater_with_keys(place: Place) -> Running:
+    """Whoever asks has a key, with limits that are never reached."""
+    limits = [f"--{name}={10**9}" for name in ("requests-per-minute", "tokens-per-minute", "parallel-calls")]
+    environment = _environment(place) | {"HEADWATER_AUTH__MODE": "keys"}
+    made = subprocess.run(
+        [*_COMMAND, "keys", "create", *limits],
+        env=dict(os.environ) | environment,
+        cwd=_HERE.parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return replace(_headwater(place, HEADWATER_AUTH__MODE="keys"), key=made.stdout.strip())
+
+
+def _environment(place: Place) -> dict[str, str]:
+    return {"HEADWATER_STORE__PATH": str(place.dir / "headwater.db")}
 
 
 def _nginx(place: Place) -> Running:
@@ -182,11 +213,13 @@ CONTESTANTS: dict[str, Callable[[Place], Running]] = {
     "plain": _plain,
     "plain+uvloop": _plain_uvloop,
     "headwater": _headwater,
+    UNLEDGERED: _headwater_unledgered,
+    WITH_KEYS: _headwater_with_keys,
     "nginx": _nginx,
 }
 """Each starts its contestant and returns when it accepts connections; raises AbsentError when it cannot."""
 
-LEFT_OUT_WHEN_QUICK = frozenset({"plain+uvloop"})
+LEFT_OUT_WHEN_QUICK = frozenset({"plain+uvloop", UNLEDGERED, WITH_KEYS})
 
 
 def _start(place: Place, command: list[str], env: Mapping[str, str] | None = None, port: int | None = None) -> Running:

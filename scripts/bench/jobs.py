@@ -31,8 +31,8 @@ class Job:
     connections are opened evenly over this time. pause_ms: rest between an answer and the next request. marks: shares
     (0 to 1) of all events after which a snapshot is taken while the rest still streams. timeout_s bounds the whole job.
 
-    manner: a client that does not read to the end has one connection for each request, one after the other; it needs
-    upstream_port, the scripted upstream's own.
+    key: what is presented as API key. manner: a client that does not read to the end has one connection for each request,
+    one after the other; it needs upstream_port, the scripted upstream's own.
     """
 
     port: int
@@ -47,6 +47,7 @@ class Job:
     timeout_s: float = 60.0
     manner: Manner = Manner.READ
     upstream_port: int = 0
+    key: str = "sk-bench"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,8 @@ class Requests:
         )
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{job.port}\r\naccept: */*\r\n"
-            "authorization: Bearer sk-bench\r\nuser-agent: bench\r\ncontent-type: application/json\r\n"
+            f"authorization: Bearer {job.key}\r\n"
+            "user-agent: bench\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\n\r\n"
         )
         self._parts = [part.encode() for part in (head + body).split(mark)]

@@ -9,17 +9,29 @@ To add one: add a line to `TARGETS`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from contestants import UNLEDGERED, WITH_KEYS
 from measures import FIGURES, Figures
 from report import SUBJECT
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound on one figure: on its own value, or on its ratio to another contestant's in the same run."""
+    """A bound on one figure: on its own value, or on its ratio to another contestant's in the same run.
+
+    Or, with `more_than`, on how much more it is for one contestant, `who`, than for another.
+    """
 
     figure: str
     at_most: float
     against: str | None = None
+    who: str = SUBJECT
+    more_than: str | None = None
+
+    @property
+    def label(self) -> str:
+        if self.more_than is not None:
+            return f"{FIGURES[self.figure].label}, {self.who} more than {self.more_than}"
+        return FIGURES[self.figure].label + (f", times {self.against}" if self.against else "")
 
 
 MIB = 2**20
@@ -35,6 +47,8 @@ TARGETS = (
     Target("flow_worst_ms", 10.0),
     Target("silent_worst_ms", 10.0),
     Target("long_step", 1.25),
+    Target("request_cpu_us", 60.0, who=WITH_KEYS, more_than=UNLEDGERED),
+    Target("short_cpu_us", 60.0, who=WITH_KEYS, more_than=UNLEDGERED),
 )
 
 
@@ -54,9 +68,10 @@ def judge(medians: Mapping[str, Figures], ratios: Mapping[str, Figures]) -> list
     """A verdict on every target of which the run has the figure."""
     verdicts = []
     for target in TARGETS:
-        figures = medians.get(SUBJECT, {}) if target.against is None else ratios.get(target.against, {})
-        if target.figure in figures:
-            verdicts.append(Verdict(target, figures[target.figure]))
+        figures = medians.get(target.who, {}) if target.against is None else ratios.get(target.against, {})
+        less = {target.figure: 0.0} if target.more_than is None else medians.get(target.more_than, {})
+        if target.figure in figures and target.figure in less:
+            verdicts.append(Verdict(target, figures[target.figure] - less[target.figure]))
     return verdicts
 
 
@@ -65,9 +80,8 @@ def table(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         target = verdict.target
         decimals = 2 if target.against else FIGURES[target.figure].decimals
-        label = FIGURES[target.figure].label + (f", times {target.against}" if target.against else "")
         bound = f"{target.at_most:.{decimals}f}"
-        rows.append((label, f"{verdict.measured:.{decimals}f}", bound, "met" if verdict.is_met else "NOT MET"))
+        rows.append((target.label, f"{verdict.measured:.{decimals}f}", bound, "met" if verdict.is_met else "NOT MET"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{label:<{widths[0]}}  {measured:>{widths[1]}}  {bound:>{widths[2]}}  {word}".rstrip()
