@@ -1,4 +1,4 @@
-"""The command: `headwater serve`, `check`, `probe`, `keys`, `teams`.
+"""The command: `headwater serve`, `check`, `probe`, `keys`, `teams`, `credits`, `usage`, `backup`, `content`.
 
 Exit codes: 0 done, 1 the command ran and what it found is bad, 2 the settings or the arguments cannot be used.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvloop
 
-from proxy import __version__, issuing
+from proxy import __version__, issuing, reporting
 from proxy.addresses import redact_url
 from proxy.chat import Outcome
 from proxy.config import load, with_server, with_upstreams, without_cache
@@ -27,6 +27,8 @@ from proxy.probe import Finding, probe, targets
 from proxy.server.app import parts, serving
 from proxy.server.notify import keep_watchdog_quiet, notify
 from proxy.settings import Settings, UpstreamSettings
+from proxy.store import db
+from proxy.store.content import contents_of
 from proxy.upstream import demo
 from proxy.upstream.discovery import from_url, in_environment, on_this_machine
 from proxy.upstream.tls import TlsContexts
@@ -46,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _check(options, settings)
             case "probe":
                 return _run(_probe(options, settings))
-            case "keys" | "teams":
+            case "keys" | "teams" | "credits":
                 return _run(issuing.run(options, settings))
+            case "usage" | "backup":
+                return _run(reporting.run(options, settings))
+            case "content":
+                return _run(_rotate(settings))
             case _:
                 return _run(_serve(options, settings))
     except ConfigError as error:
@@ -77,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     probing = commands.add_parser("probe", parents=[config], help="find out which models really stream")
     probing.add_argument("models", nargs="*", metavar="MODEL", help="names to probe (default: all that are known)")
     issuing.add_commands(commands, place)
+    reporting.add_commands(commands, place)
+    content = commands.add_parser("content", help="care for stored prompts and answers").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    content.add_parser(
+        "rotate",
+        parents=[place],
+        help="seal all of them anew with the first key (which a running proxy is to have as its first one already)",
+    )
     return parser
 
 
@@ -198,6 +213,23 @@ async def _probe(options: argparse.Namespace, settings: Settings) -> int:
             print(_row(finding), flush=True)
             found.append(finding)
     return 0 if any(finding.streams != "unknown" for finding in found) else 1
+
+
+async def _rotate(settings: Settings) -> int:
+    contents = contents_of(settings)
+    connection = await db.connect_main(settings.store)
+    sealed = damaged = 0
+    try:
+        async for rotated in contents.rotate(connection):
+            sealed, damaged = sealed + rotated.sealed, damaged + rotated.damaged
+    finally:
+        await connection.close()
+    print(
+        f"headwater: what {sealed} calls said is sealed anew, with version {settings.content_keys[0].version} of the key"
+    )
+    if damaged:
+        print(f"headwater: what {damaged} calls said could not be opened, and is as it was", file=sys.stderr)
+    return 1 if damaged else 0
 
 
 def _row(finding: Finding) -> str:

@@ -23,6 +23,8 @@ from proxy.errors import ConfigError
 from proxy.settings import (
     AuthSettings,
     CacheSettings,
+    ContentKey,
+    LedgerSettings,
     ModelSettings,
     PriceSettings,
     ServerSettings,
@@ -31,6 +33,7 @@ from proxy.settings import (
     StreamingSettings,
     TargetSettings,
     UpstreamSettings,
+    parse_content_keys,
     wrong_with_embedder,
 )
 
@@ -48,6 +51,7 @@ _NOT_IN_FILES = {
     "proxies": "set `proxy` of an upstream instead",
     "admin_key": "name an environment variable in auth.admin_key_env instead",
     "key_secret": "name an environment variable in auth.key_secret_env instead",
+    "content_keys": "name an environment variable in ledger.content_keys_env instead",
 }
 
 _TABLES: Mapping[tuple[str, ...], type] = {
@@ -55,6 +59,7 @@ _TABLES: Mapping[tuple[str, ...], type] = {
     ("server",): ServerSettings,
     ("auth",): AuthSettings,
     ("store",): StoreSettings,
+    ("ledger",): LedgerSettings,
     ("streaming",): StreamingSettings,
     ("cache",): CacheSettings,
 }
@@ -131,9 +136,14 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
             own[name] = _own_secret(settings.auth, key, least, environ)
         except ConfigError as error:
             problems.append(_at(path, text, ("auth", key), error.problems[0]))
+    content_keys: tuple[ContentKey, ...] = ()
+    try:
+        content_keys = _content_keys(settings.ledger, environ)
+    except ConfigError as error:
+        problems.append(_at(path, text, ("ledger", "content_keys_env"), error.problems[0]))
     if problems:
         raise ConfigError(problems)
-    return _with(settings, secrets=secrets, proxies=proxies, **own)
+    return _with(settings, secrets=secrets, proxies=proxies, content_keys=content_keys, **own)
 
 
 def with_upstreams(settings: Settings, upstreams: tuple[UpstreamSettings, ...], environ: Mapping[str, str]) -> Settings:
@@ -286,12 +296,12 @@ def _secret(upstream: UpstreamSettings, environ: Mapping[str, str]) -> str | Non
     return secret
 
 
-def _own_secret(auth: AuthSettings, key: str, least: int, environ: Mapping[str, str]) -> str | None:
-    """What the environment holds under the name in `auth`. A variable that was named on purpose must be there."""
-    name = getattr(auth, key)
+def _own_secret(section: AuthSettings | LedgerSettings, key: str, least: int, environ: Mapping[str, str]) -> str | None:
+    """What the environment holds under the name in a section. A variable that was named on purpose must be there."""
+    name = getattr(section, key)
     secret = environ.get(name, "").strip()
     if not secret:
-        if name != getattr(AuthSettings(), key):
+        if name != getattr(type(section)(), key):
             raise ConfigError([f"environment variable {name} is not set"])
         return None
     if len(secret) < least:
@@ -299,6 +309,14 @@ def _own_secret(auth: AuthSettings, key: str, least: int, environ: Mapping[str, 
     if not (secret.isascii() and secret.isprintable()):
         raise ConfigError([f"environment variable {name} must hold plain printable characters only"])
     return secret
+
+
+def _content_keys(ledger: LedgerSettings, environ: Mapping[str, str]) -> tuple[ContentKey, ...]:
+    text = _own_secret(ledger, "content_keys_env", 1, environ)
+    try:
+        return () if text is None else parse_content_keys(text)
+    except ValueError as problem:
+        raise ConfigError([f"environment variable {ledger.content_keys_env}: {problem}"]) from None
 
 
 def _proxies(

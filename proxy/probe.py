@@ -35,7 +35,7 @@ class Finding(NamedTuple):
 
 
 async def targets(parts: Parts, names: list[str]) -> list[Target]:
-    """The targets behind the names; without names, those of the aliases and of the first 20 listed models that chat."""
+    """The targets behind the names; without names, those of aliases, model groups, and the first 20 listed models that chat."""
     routes = parts.routes
     if not names:
         names = list(routes.aliases)

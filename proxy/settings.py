@@ -6,6 +6,9 @@ it does, its unit, and when not to use it.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -65,6 +68,19 @@ class StoreSettings(_Section):
     def key_secret_path(self) -> Path:
         """The file of the secret by which virtual keys are hashed, where the environment holds none."""
         return self.path.with_name(f"{self.path.stem}-keys.secret")
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerSettings(_Section):
+    """`calls`: of which calls a row is written: of all, or of those that somebody pays for.
+
+    `content`: what is kept of prompts and answers: nothing, a hash of each, or all of it."""
+
+    calls: Literal["all", "paid"] = "all"
+    keep_calls_days: Annotated[float, Field(ge=0, le=36_500, allow_inf_nan=False)] = 0
+    job_timeout_h: Annotated[float, Field(ge=0, le=87_600, allow_inf_nan=False)] = 24
+    content: Literal["off", "hash", "full"] = "off"
+    content_keys_env: Variable = "HEADWATER_CONTENT_KEYS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,14 +218,24 @@ class PriceSettings(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class ContentKey:
+    """A key by which stored prompts and answers are sealed, 32 bytes. What is sealed with it bears its version."""
+
+    version: int
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Settings(_Section):
     """Everything the proxy is told. `secrets` maps an upstream's name to its API key, `proxies` to the URL of the outgoing
     proxy its connections go through, whoever named that; `admin_key` and `key_secret` are what the environment holds
-    under the names in [auth]. None of these is ever printed."""
+    under the names in [auth]; `content_keys` are those under the name in [ledger], of which the first is for writing, and all
+    are for reading. None of these is ever printed."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
+    ledger: LedgerSettings = field(default_factory=LedgerSettings)
     streaming: StreamingSettings = field(default_factory=StreamingSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     upstream: tuple[UpstreamSettings, ...] = ()
@@ -219,6 +245,7 @@ class Settings(_Section):
     proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     key_secret: str | None = field(default=None, repr=False)
+    content_keys: tuple[ContentKey, ...] = field(default=(), repr=False)
 
     @property
     def cache_tiers(self) -> frozenset[str]:
@@ -246,3 +273,25 @@ def wrong_with_embedder(setting: str) -> str | None:
     return (
         f"'{setting}' is no embedder: it is 'minilm', 'onnx:' and a file, or 'upstream:' and a target (upstream/model)"
     )
+
+
+# A version is a number that SQLite and people can write; 32 bytes are 44 characters of base64 (RFC 4648 §4).
+_CONTENT_KEY = re.compile(r"(?P<version>[1-9][0-9]{0,8}):(?P<secret>[A-Za-z0-9+/]{43}=)")
+
+
+def parse_content_keys(text: str) -> tuple[ContentKey, ...]:
+    """The keys in a text like `2:BASE64,1:BASE64`, in that order. ValueError says what is wrong, and nothing of a key."""
+    keys: dict[int, ContentKey] = {}
+    for position, part in enumerate(text.split(","), 1):
+        match = _CONTENT_KEY.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"its part {position} is not a version, a colon and 32 bytes in base64")
+        version = int(match["version"])
+        if version in keys:
+            raise ValueError(f"it holds version {version} twice")
+        try:
+            secret = base64.b64decode(match["secret"], validate=True)
+        except binascii.Error:
+            raise ValueError(f"its part {position} is not base64") from None
+        keys[version] = ContentKey(version, secret)
+    return tuple(keys.values())

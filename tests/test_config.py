@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.addresses import is_loopback, redact_url
 from proxy.config import load, with_server, with_upstreams, without_cache
@@ -19,7 +22,9 @@ from proxy.settings import (
     TargetSettings,
     UpstreamSettings,
     matches,
+    parse_content_keys,
 )
+from tests.conftest import examples
 
 SECRET = "sk-very-secret-0123456789"
 UPSTREAM = '[[upstream]]\nname = "a"\nbase_url = "http://localhost:8000/v1"\n'
@@ -388,6 +393,52 @@ def test_secrets_of_its_own_are_read_from_the_environment_and_not_printed(tmp_pa
     text = f'admin_key = "{SECRET}"\n'
     [problem] = problems(tmp_path, text)
     assert problem == "c.toml:1: admin_key: unknown key; name an environment variable in auth.admin_key_env instead"
+
+
+_CONTENT = "HEADWATER_CONTENT_KEYS"
+_ONE, _TWO = (base64.b64encode(bytes([number]) * 32).decode() for number in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "expected"),
+    [
+        ("", {_CONTENT: _ONE}, f"content_keys_env: environment variable {_CONTENT}: its part 1 is not a version"),
+        ("", {_CONTENT: f"1:{_ONE},2:short"}, f"content_keys_env: environment variable {_CONTENT}: its part 2 is not"),
+        ("", {_CONTENT: f"1:{_ONE},"}, f"content_keys_env: environment variable {_CONTENT}: its part 2 is not"),
+        ("", {_CONTENT: f"0:{_ONE}"}, f"content_keys_env: environment variable {_CONTENT}: its part 1 is not"),
+        (
+            "",
+            {_CONTENT: f"3:{_ONE},3:{_TWO}"},
+            f"content_keys_env: environment variable {_CONTENT}: it holds version 3",
+        ),
+        (
+            'content_keys_env = "MINE"',
+            {_CONTENT: f"1:{_ONE}"},
+            "content_keys_env: environment variable MINE is not set",
+        ),
+        (f'content_keys = "1:{_ONE}"', {}, "content_keys: unknown key; did you mean content_keys_env?"),
+    ],
+)
+def test_keys_of_stored_content_must_be_well_formed(
+    tmp_path: Path, text: str, environ: dict[str, str], expected: str
+) -> None:
+    [problem] = problems(tmp_path, f"[ledger]\n{text}\n", environ)
+    assert problem.startswith(f"c.toml:{2 if text else 1}: ledger.{expected}")
+    assert _ONE not in problem
+
+
+def test_keys_of_stored_content_are_read_in_their_order_and_not_printed(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "").content_keys == ()
+    keys = loaded(tmp_path, "", {_CONTENT: f" 7:{_TWO}, 1:{_ONE}\n"}).content_keys
+    assert [(key.version, key.secret) for key in keys] == [(7, b"\2" * 32), (1, b"\1" * 32)]
+    assert str(keys[0].secret) not in repr(keys)
+
+
+@given(st.dictionaries(st.integers(1, 999_999_999), st.binary(min_size=32, max_size=32), min_size=1, max_size=4))
+@examples(30)
+def test_any_keys_of_stored_content_can_be_written_and_read(keys: dict[int, bytes]) -> None:
+    text = ",".join(f"{version}:{base64.b64encode(secret).decode()}" for version, secret in keys.items())
+    assert {key.version: key.secret for key in parse_content_keys(text)} == keys
 
 
 def test_no_secret_is_printed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from proxy.config import load
 from proxy.settings import (
     AuthSettings,
     CacheSettings,
+    LedgerSettings,
     ModelSettings,
     PriceSettings,
     ServerSettings,
@@ -35,6 +36,7 @@ TABLES: dict[str, type[Any]] = {
     "server": ServerSettings,
     "auth": AuthSettings,
     "store": StoreSettings,
+    "ledger": LedgerSettings,
     "streaming": StreamingSettings,
     "cache": CacheSettings,
 }
@@ -168,6 +170,7 @@ def test_reference_knows_every_section() -> None:
         "proxies",
         "admin_key",
         "key_secret",
+        "content_keys",
     }
 
 

@@ -33,7 +33,7 @@ async def ready(request: web.Request) -> web.StreamResponse:
 
 
 async def list_targets(request: web.Request) -> web.StreamResponse:
-    """GET /admin/targets: each target of a [[model]], and each other one that was asked, and how it stands."""
+    """GET /admin/targets: each target of a [[model]] or a model group, and each other one that was asked, and how it stands."""
     state = request.app[STATE]
     rows = dict(state.circuits.all())
     models: dict[Target, list[dict[str, Any]]] = {}
@@ -42,7 +42,7 @@ async def list_targets(request: web.Request) -> web.StreamResponse:
             context_tokens = route.contexts.get(target)
             entry = {"name": name, "place": place, "weight": weight, "context_tokens": context_tokens}
             models.setdefault(target, []).append(entry)
-    # The dict has each once: first those of the config, in its order, then the others.
+    # The dict has each once: first those that have a place behind a name, then the others.
     targets = [
         {
             "target": str(target),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,27 +12,35 @@ from typing import TextIO
 
 from aiohttp import web
 
-from proxy.chat import Outcome
+from proxy.chat import Outcome, Target
 from proxy.encoders import Encoders
-from proxy.errors import ConfigError
+from proxy.errors import ConfigError, OverloadedError
 from proxy.inflight import InFlight
 from proxy.passing import Passing
 from proxy.pipeline import Pipeline
 from proxy.policy.pricing import Prices
 from proxy.policy.routing import Routes
+from proxy.pricelookup import PriceLookup
 from proxy.semcache.cache import AnswerCache, opened
-from proxy.server import accounts, admin, cached, metrics, openai, streams
+from proxy.server import accounts, admin, cached, jobs, metrics, modelgroups, openai, openapi, streams, teams, usage
+from proxy.server import credits as credit
 from proxy.server.accesslog import AccessLog
+from proxy.server.accounting import Accounting
 from proxy.server.auth import Auth
 from proxy.server.connection import Runner
+from proxy.server.counting import CallCounts
 from proxy.server.door import Door
 from proxy.server.limiting import Limiting
 from proxy.server.middleware import around, before_head
 from proxy.server.state import STATE, State
-from proxy.settings import Settings
+from proxy.settings import LedgerSettings, Settings
 from proxy.store import db, migrations
 from proxy.store.accounts import Accounts
 from proxy.store.capabilities import CapabilityStore
+from proxy.store.content import contents_of
+from proxy.store.jobs import JobState
+from proxy.store.ledger import Ledger
+from proxy.store.opening import open_ledger
 from proxy.tasks import Tasks
 from proxy.upstream.circuits import Circuits
 from proxy.upstream.listing import Listing
@@ -40,9 +49,15 @@ from proxy.upstream.session import UpstreamSession
 _log = logging.getLogger(__name__)
 
 _REFRESH_EVERY_S = 5.0
+_HOUSE_EVERY_S = 5.0
+
+# Some upstreams list thousands of models, of which most are never asked for.
+_MOST_PRICES = 500
+
+_HOUR_S, _DAY_S = 3600, 86_400
 _LAST_WORDS_S = 1.0
 
-# How long a key that another process has revoked may still be used.
+# How long a key that another process has revoked may still be used, or a model group that it has changed.
 _ACCOUNTS_EVERY_S = 0.2
 
 # The last calls are counted before they are reported, and the tokenizer may have to be started for that: 0.6 s.
@@ -62,6 +77,7 @@ class Parts:
     capabilities: CapabilityStore
     listing: Listing
     accounts: Accounts
+    price_lookup: PriceLookup
     tasks: Tasks
 
 
@@ -76,26 +92,31 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
         capabilities = await CapabilityStore.open(connection, tasks)
         session = UpstreamSession(settings)
         encoders = Encoders(settings.store.path.parent / "tiktoken")
+        price_lookup = PriceLookup(
+            Prices(settings.price, {upstream.name: upstream.base_url for upstream in settings.upstream})
+        )
         try:
             streaming = settings.streaming
             circuits = Circuits(
                 streaming.circuit_failures, streaming.circuit_cooldown_s, asyncio.get_running_loop().time
             )
             routes = Routes(settings)
+            modelgroups.follow_groups(known, routes)
             passing = Passing(settings, session, in_flight, report)
             listing = Listing(session, routes)
             async with (
                 _answers(settings) as (answers, problem),
                 opened(settings, answers, session, tasks, problem) as cache,
             ):
+                contents = contents_of(settings)
                 pipeline = Pipeline(
-                    settings, routes, session, circuits, capabilities, encoders, cache, in_flight, tasks, report
+                    *(settings, routes, session, circuits, capabilities, encoders, cache, in_flight, tasks, report),
+                    contents if contents.form is not None else None,
                 )
                 try:
                     yield Parts(
                         *(routes, session, pipeline, passing, in_flight, circuits, capabilities, listing),
-                        known,
-                        tasks,
+                        *(known, price_lookup, tasks),
                     )
                 finally:
                     in_flight.stop()
@@ -106,6 +127,7 @@ async def parts(settings: Settings, report: Callable[[Outcome], None]) -> AsyncI
             await tasks.close()
             await session.close()
             await encoders.close()
+            await price_lookup.close()
     finally:
         await connection.close()
 
@@ -134,26 +156,26 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
     """
     server = settings.server
     access_log = AccessLog(access_log_out, server.log_format)
-    calls = metrics.CallCounts()
+    calls = CallCounts()
 
     def report(outcome: Outcome) -> None:
         if outcome.ticket is not None:
-            outcome.ticket.give_back(outcome)
+            outcome.ticket.settle(outcome)
         calls.count(outcome)
         if server.access_log:
             access_log.report(outcome)
 
     try:
-        async with parts(settings, report) as made:
+        async with opened_ledger(settings) as ledger, parts(settings, report) as made:
             if settings.auth.mode == "keys":
                 await made.accounts.load_secret()
-                made.tasks.spawn(_keep_current(made.accounts), "refresh accounts")
-            state = state_of(settings, made, report)
+            made.tasks.spawn(_keep_current(made.accounts), "refresh accounts")
+            state = state_of(settings, made, ledger, report)
             app = make_app(state)
-            app[metrics.METRICS] = metrics.Metrics(calls, made.pipeline, made.circuits, made.session, made.in_flight)
+            app[metrics.METRICS] = metrics.Metrics(calls, state, made.session)
             runner = Runner(
                 app,
-                Door(state, openai.CHAT_PATH, openai.chat_completions, streams.PREFIX, streams.resume),
+                Door(state, openai.WAY, streams.WAY, *jobs.ways()),
                 handler_cancellation=True,
                 access_log=None,
                 shutdown_timeout=_LAST_WORDS_S,
@@ -166,7 +188,7 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
                     words = f"server.port: {server.host}:{server.port} cannot be listened on: {error.strerror}"
                     raise ConfigError([words]) from None
                 made.tasks.spawn(_keep_fresh(made.capabilities, made.pipeline.cache), "refresh")
-                made.tasks.spawn(made.listing.refresh(), "list models")
+                made.tasks.spawn(_get_to_know(made), "list models")
                 yield int(runner.addresses[0][1])
                 state.is_draining = True
                 await made.in_flight.drained(server.drain_s)
@@ -177,7 +199,36 @@ async def serving(settings: Settings, access_log_out: TextIO) -> AsyncIterator[i
         await access_log.close()
 
 
-def state_of(settings: Settings, made: Parts, report: Callable[[Outcome], None]) -> State:
+@asynccontextmanager
+async def opened_ledger(settings: Settings) -> AsyncIterator[Ledger]:
+    """The ledger, and what it does by itself now and then. ConfigError when it cannot be used: nothing goes on without it."""
+    async with open_ledger(settings.store, contents_of(settings)) as ledger:
+        tasks = Tasks()
+        tasks.spawn(_keep_house(ledger, settings.ledger), "keep the ledger's house")
+        try:
+            yield ledger
+        finally:
+            await tasks.close()
+
+
+async def _keep_house(ledger: Ledger, settings: LedgerSettings) -> None:
+    """What is due by the clock: refills, jobs that nobody ended, calls that others left when they died, old rows."""
+    while True:
+        now = time.time()
+        try:
+            await ledger.recover(now)
+            await ledger.refill_due(now)
+            if settings.job_timeout_h:
+                created_before = now - settings.job_timeout_h * _HOUR_S
+                await ledger.end_abandoned_jobs(created_before, JobState.FAILED, now)
+            if settings.keep_calls_days:
+                await ledger.compact(now - settings.keep_calls_days * _DAY_S)
+        except OverloadedError as error:
+            _log.warning("the ledger's house cannot be kept now: %s", error)
+        await asyncio.sleep(_HOUSE_EVERY_S)
+
+
+def state_of(settings: Settings, made: Parts, ledger: Ledger, report: Callable[[Outcome], None]) -> State:
     """What the faces of a server over these parts share."""
     now = asyncio.get_running_loop().time
     return State(
@@ -191,8 +242,12 @@ def state_of(settings: Settings, made: Parts, report: Callable[[Outcome], None])
         listing=made.listing,
         accounts=made.accounts,
         auth=Auth(settings, made.accounts),
-        limiting=Limiting(now),
-        prices=Prices(settings.price, {upstream.name: upstream.base_url for upstream in settings.upstream}),
+        ledger=ledger,
+        accounting=Accounting(
+            *(ledger, made.accounts, Limiting(now), made.price_lookup, made.in_flight, made.tasks),
+            writes_all=settings.ledger.calls == "all",
+        ),
+        price_lookup=made.price_lookup,
         tasks=made.tasks,
         report=report,
         now=now,
@@ -213,6 +268,7 @@ def make_app(state: State) -> web.Application:
             web.get("/v1/models/{model:.+}", openai.get_model),
             web.get("/health", admin.health),
             web.get("/ready", admin.ready),
+            web.get("/openapi.json", openapi.show),
             web.get("/metrics", metrics.scrape),
             web.get("/admin/targets", admin.list_targets),
             web.get("/admin/capabilities", admin.list_capabilities),
@@ -224,10 +280,23 @@ def make_app(state: State) -> web.Application:
             web.delete("/admin/cache/entries/{id}", cached.delete_entry),
             web.post("/admin/cache/explain", cached.explain),
             *accounts.routes(),
+            *jobs.routes(),
+            *credit.routes(),
+            *teams.routes(),
+            *usage.routes(),
+            *modelgroups.routes(),
             web.route("*", "/v1/{rest:.+}", openai.pass_on),
         ]
     )
     return app
+
+
+async def _get_to_know(made: Parts) -> None:
+    """See which models there are, and what those cost: so that hardly any call has to wait for its price."""
+    await made.listing.refresh()
+    named = [target for route in made.routes.aliases.values() for target in route.targets]
+    listed = [Target(name, model) for name in made.session.upstreams for model in made.routes.listed(name)]
+    made.price_lookup.begin([*named, *listed][:_MOST_PRICES])
 
 
 async def _keep_fresh(capabilities: CapabilityStore, cache: AnswerCache) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
@@ -57,7 +56,7 @@ async def figures(request: web.Request) -> web.StreamResponse:
                 "hit_rate": round((lookups - found.misses) / lookups, 4) if lookups else None,
                 "verified_right": found.verified_right,
                 "verified_wrong": found.verified_wrong,
-                "saved": await asyncio.to_thread(_saved, state, found),
+                "saved": await _saved(state, found),
             },
         }
     )
@@ -77,6 +76,7 @@ async def delete_many(request: web.Request) -> web.StreamResponse:
 async def list_entries(request: web.Request) -> web.StreamResponse:
     """GET /admin/cache/entries?limit=&before=&model=&namespace=: the newest first; `before` is an id to go on behind."""
     given = request.query
+    check_names(given, ("limit", "before", "model", "namespace"))
     limit = page_size(given)
     before = number(given["before"], "before", at_least=1) if "before" in given else None
     store = request.app[STATE].pipeline.cache.store
@@ -164,11 +164,12 @@ def _candidate(candidate: Candidate, entry: Entry, least: float, *, is_fresh: bo
     }
 
 
-def _saved(state: State, figures: Figures) -> dict[str, Any]:
+async def _saved(state: State, figures: Figures) -> dict[str, Any]:
     """The tokens that were not asked for again, and their price; `microusd` is None where no price is known at all."""
+    await state.price_lookup.learn(*(Target(*target.split("/", 1)) for target in figures.saved))
     now = time.time()
     prices = [
-        state.prices.sum_microusd(Target(*target.split("/", 1)), prompt, completion, now)
+        state.price_lookup.prices.sum_microusd(Target(*target.split("/", 1)), prompt, completion, now)
         for target, (prompt, completion) in figures.saved.items()
     ]
     known_prices = [price for price in prices if price is not None]

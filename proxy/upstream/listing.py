@@ -36,7 +36,7 @@ class Listing:
         self._asking: asyncio.Lock = asyncio.Lock()
 
     async def models(self) -> list[Model]:
-        """OpenAI's model objects: aliases first, then each upstream's; a name that two upstreams have, once."""
+        """OpenAI's model objects: aliases and model groups first, then each upstream's; a name that two upstreams have, once."""
         await self.refresh()
         merged: dict[str, Model] = {}
         for name, route in self._routes.aliases.items():

@@ -72,7 +72,7 @@ class Client:
                 first, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
                 version, status, _ = first.split(" ", 2)
             headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            if not has_body:
+            if not has_body or status == "204":
                 body = b""
             elif "content-length" in headers:
                 body = await self.reader.readexactly(int(headers["content-length"]))

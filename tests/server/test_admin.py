@@ -39,9 +39,9 @@ async def targets(proxy: Proxy) -> dict[str, dict[str, Any]]:
     return {entry["target"]: entry for entry in listed["data"]}
 
 
-async def metrics(proxy: Proxy) -> dict[tuple[str, ...], float]:
+async def metrics(proxy: Proxy, **options: Any) -> dict[tuple[str, ...], float]:
     """Every sample: {("headwater_calls_total", "relay", "ok"): 1.0, …}; labels stand in the order of their names."""
-    async with proxy.get("/metrics") as response:
+    async with proxy.get("/metrics", **options) as response:
         assert (response.status, response.content_type) == (200, "text/plain")
         said = await response.text()
     samples = [sample for family in text_string_to_metric_families(said) for sample in family.samples]

@@ -161,6 +161,20 @@ async def test_the_figures_count_what_is_kept_found_and_saved(
         assert (since["saved"]["microusd"], since["saved"]["is_priced_in_full"]) == (7, False)
 
 
+async def test_what_an_earlier_server_kept_has_its_price_too(tmp_path: Path) -> None:
+    authority, path = Authority(tmp_path), tmp_path / "openai.sock"
+    more = f'unix_socket = "{path}"\nca_file = "{authority.file}"'
+    settings = make_settings(tmp_path, "https://api.openai.com/v1", more=more, cache={"exact": True, "semantic": False})
+    async with FakeUpstream(unix_socket=path, tls=authority.server("api.openai.com")) as openai:
+        openai.plays(echo)
+        for expected in ("miss", "hit; exact"):
+            async with running_proxy(settings) as proxy:
+                assert await fate(proxy, model="gpt-4o-mini", **asking(ASKED)) == expected
+                await has_kept(proxy, 1)
+                saved = (await cache(proxy))["since_start"]["saved"]
+    assert (saved["microusd"], saved["is_priced_in_full"]) == (round(7 * 0.15 + 4 * 0.60), True)
+
+
 async def test_prometheus_gets_the_figures_too(proxy: Proxy) -> None:
     await proxy.ask(**asking(ASKED))
     await has_indexed(proxy, 1)

@@ -16,11 +16,11 @@ import pytest
 
 from proxy import __version__
 from proxy.chat import Outcome
-from proxy.server.app import make_app, parts, state_of
+from proxy.server import jobs
+from proxy.server.app import make_app, opened_ledger, parts, state_of
 from proxy.server.connection import ClientConnection, Runner
 from proxy.server.door import Door
-from proxy.server.openai import CHAT_PATH, chat_completions
-from proxy.server.streams import PREFIX, resume
+from proxy.server.openai import WAY
 from proxy.settings import Settings
 from tests.conftest import Proxy, Start, make_settings
 from tests.fakes.client import Client, chat, question, request
@@ -386,9 +386,9 @@ class Recorder(asyncio.Transport):
 async def recorded(settings: Settings) -> AsyncIterator[tuple[ClientConnection, Recorder, asyncio.Queue[Outcome]]]:
     """A connection to a proxy whose other end is a recorder, and the calls that were settled."""
     outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
-    async with parts(settings, outcomes.put_nowait) as made:
-        state = state_of(settings, made, outcomes.put_nowait)
-        door = Door(state, CHAT_PATH, chat_completions, PREFIX, resume)
+    async with opened_ledger(settings) as ledger, parts(settings, outcomes.put_nowait) as made:
+        state = state_of(settings, made, ledger, outcomes.put_nowait)
+        door = Door(state, WAY, *jobs.ways())
         runner = Runner(make_app(state), door, access_log=None)
         await runner.setup()
         connection = runner.server()  # type: ignore[misc]
