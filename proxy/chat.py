@@ -21,6 +21,9 @@ Recovery = Literal["exact", "continue", "off"]
 CacheTier = Literal["semantic", "exact", "off"]
 """Which questions may get an answer that was given before: those alike in meaning, the very same, or none."""
 
+CACHE_TIERS: tuple[CacheTier, ...] = ("off", "exact", "semantic")
+"""From the one that gives the fewest answers to the one that gives most."""
+
 
 class Parsed:
     """What a JSON object says, for as long as somebody needs it.
@@ -306,6 +309,10 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"  # the proxy was told to stop
     REJECTED = "rejected"  # the proxy would not take it now
     INTERNAL_ERROR = "internal_error"  # our own bug
+
+
+LEFT_STATUS = 499
+"""The HTTP status of a call whose client has left, which nobody was told: nginx's name for it."""
 
 
 def status_of(failure: ProxyError) -> Status:

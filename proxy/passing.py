@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from proxy.chat import Mode, Outcome, Status, Target, Ticket, Usage, status_of
+from proxy.chat import LEFT_STATUS, Mode, Outcome, Status, Target, Ticket, Usage, status_of
 from proxy.errors import ProxyError
 from proxy.inflight import InFlight
 from proxy.settings import Settings
@@ -120,7 +120,7 @@ class Passing:
             if error is not None and ttft_s is None:
                 http_status = error.status
             elif status is Status.CANCELLED:
-                http_status = 499  # nginx's name for a client that closed its connection
+                http_status = LEFT_STATUS
             self._report(
                 Outcome(
                     call_id=call_id,

@@ -23,7 +23,8 @@ from functools import partial
 from proxy.answerlog import AnswerLog, read_to_end
 from proxy.answers import Answer, Answers, Seat, ShareKey
 from proxy.chat import (
-    CacheTier,
+    CACHE_TIERS,
+    LEFT_STATUS,
     CacheWish,
     Call,
     ChatRequest,
@@ -62,8 +63,6 @@ _NO_WISHES = Wishes()
 # What the proxy asks for itself, to see whether a near match was right.
 _VERIFY = "verify"
 _MAX_VERIFYING = 2
-
-_TIERS: tuple[CacheTier, ...] = ("off", "exact", "semantic")
 
 
 class Pipeline:
@@ -166,7 +165,7 @@ class Pipeline:
         if not isinstance(temperature, int | float):
             temperature = 1
         shares = route.coalesces and wishes.coalesces and temperature <= self._streaming.coalesce_max_temperature
-        tier = route.cache if wish.tier is None else min(route.cache, wish.tier, key=_TIERS.index)
+        tier = route.cache if wish.tier is None else min(route.cache, wish.tier, key=CACHE_TIERS.index)
         caches = tier != "off" and temperature <= self._caching.max_temperature and (wish.looks_up or wish.keeps)
         if wish.only_if_cached and not (caches and wish.looks_up):
             raise _not_cached()
@@ -379,7 +378,7 @@ class Pipeline:
         if error is not None and not (answer.log.is_committed and call.request.wants_stream):
             http_status = error.status
         elif status is Status.CANCELLED:
-            http_status = 499  # nginx's name for a client that closed its connection
+            http_status = LEFT_STATUS
         return Outcome(
             call_id=call.id,
             model=call.request.model,

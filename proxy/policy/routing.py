@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
-from proxy.chat import CacheTier, Route, Target
+from proxy.chat import CACHE_TIERS, CacheTier, Route, Target
 from proxy.errors import ClientError
 from proxy.settings import CacheSettings, ModelSettings, Settings, StreamingSettings, matches
 
 _MAX_REMEMBERED = 4096
-_TIERS: tuple[CacheTier, ...] = ("off", "exact", "semantic")
 
 
 class Routes:
@@ -29,8 +28,8 @@ class Routes:
         self._streaming = settings.streaming
         self._cache = settings.cache
         # Of a cache that no model of the config uses nothing is opened at the start.
-        used = [_TIERS.index(tier) for tier in _TIERS if tier in settings.cache_tiers]
-        self._open_tiers = _TIERS[: max(used, default=0) + 1]
+        used = [CACHE_TIERS.index(tier) for tier in CACHE_TIERS if tier in settings.cache_tiers]
+        self._open_tiers = CACHE_TIERS[: max(used, default=0) + 1]
         self._aliases = {model.name: _route(model, settings.streaming, settings.cache) for model in settings.model}
         self._configured = tuple(self._aliases)
         self._closed: set[str] = set()

@@ -31,50 +31,50 @@ R = TypeVar("R", Organisation, Team, VirtualKey)
 
 async def list_organisations(request: web.Request) -> web.StreamResponse:
     """GET /admin/organisations: all there are."""
-    accounts = await _accounts(request)
+    accounts = await accounts_now(request)
     limit, after, _ = _range(request)
     return _list(*accounts.organisations(limit, after))
 
 
 async def create_organisation(request: web.Request) -> web.StreamResponse:
     """POST /admin/organisations: make one, of `id` and `name`."""
-    accounts = await _accounts(request)
-    form = await _form(request, forms.NewOrganisation)
+    accounts = await accounts_now(request)
+    form = await form_of(request, forms.NewOrganisation)
     return json_response(_view(await accounts.create(forms.organisation(form, time.time()))), 201)
 
 
 async def get_organisation(request: web.Request) -> web.StreamResponse:
     """GET /admin/organisations/{id}: one of them."""
-    return json_response(_view((await _accounts(request)).organisation(_id(request))))
+    return json_response(_view((await accounts_now(request)).organisation(_id(request))))
 
 
 async def change_organisation(request: web.Request) -> web.StreamResponse:
     """PATCH /admin/organisations/{id}: change it. What is left out stays."""
-    return await _changed(request, Organisation, **await _form(request, forms.OrganisationChanges))
+    return await _changed(request, Organisation, **await form_of(request, forms.OrganisationChanges))
 
 
 async def list_teams(request: web.Request) -> web.StreamResponse:
     """GET /admin/teams: all there are."""
-    accounts = await _accounts(request)
+    accounts = await accounts_now(request)
     limit, after, organisation = _range(request, "organisation")
     return _list(*accounts.teams(limit, after, organisation=organisation))
 
 
 async def create_team(request: web.Request) -> web.StreamResponse:
     """POST /admin/teams: make one, of `id` and `name`, `organisation`, `models`, limits, budgets, terms of credit."""
-    accounts = await _accounts(request)
-    form = await _form(request, forms.NewTeam)
+    accounts = await accounts_now(request)
+    form = await form_of(request, forms.NewTeam)
     return json_response(_view(await accounts.create(forms.team(form, time.time()))), 201)
 
 
 async def get_team(request: web.Request) -> web.StreamResponse:
     """GET /admin/teams/{id}: one of them."""
-    return json_response(_view((await _accounts(request)).team(_id(request))))
+    return json_response(_view((await accounts_now(request)).team(_id(request))))
 
 
 async def change_team(request: web.Request) -> web.StreamResponse:
     """PATCH /admin/teams/{id}: change it. What is left out stays; null takes a limit away."""
-    return await _changed(request, Team, **forms.changes(await _form(request, forms.TeamChanges)))
+    return await _changed(request, Team, **forms.changes(await form_of(request, forms.TeamChanges)))
 
 
 async def suspend_team(request: web.Request) -> web.StreamResponse:
@@ -89,15 +89,15 @@ async def resume_team(request: web.Request) -> web.StreamResponse:
 
 async def list_keys(request: web.Request) -> web.StreamResponse:
     """GET /admin/keys: all there are. Those that were revoked too."""
-    accounts = await _accounts(request)
+    accounts = await accounts_now(request)
     limit, after, team = _range(request, "team")
     return _list(*accounts.keys(limit, after, team=team))
 
 
 async def create_key(request: web.Request) -> web.StreamResponse:
     """POST /admin/keys: make one. The answer holds the key, this once."""
-    accounts = await _accounts(request)
-    form = await _form(request, forms.NewKey)
+    accounts = await accounts_now(request)
+    form = await form_of(request, forms.NewKey)
     try:
         key, text = await accounts.create_key(**forms.key(form), now=time.time())
     except ConfigError as error:
@@ -109,12 +109,12 @@ async def create_key(request: web.Request) -> web.StreamResponse:
 
 async def get_key(request: web.Request) -> web.StreamResponse:
     """GET /admin/keys/{id}: one of them."""
-    return json_response(_view((await _accounts(request)).key(_id(request))))
+    return json_response(_view((await accounts_now(request)).key(_id(request))))
 
 
 async def change_key(request: web.Request) -> web.StreamResponse:
     """PATCH /admin/keys/{id}: change it. What is left out stays; null takes a limit, or the end of its time, away."""
-    return await _changed(request, VirtualKey, **forms.changes(await _form(request, forms.KeyChanges)))
+    return await _changed(request, VirtualKey, **forms.changes(await form_of(request, forms.KeyChanges)))
 
 
 async def suspend_key(request: web.Request) -> web.StreamResponse:
@@ -129,7 +129,7 @@ async def resume_key(request: web.Request) -> web.StreamResponse:
 
 async def revoke_key(request: web.Request) -> web.StreamResponse:
     """POST /admin/keys/{id}/revoke: it is good for nothing any more, for ever."""
-    return json_response(_view(await (await _accounts(request)).revoke(_id(request), time.time())))
+    return json_response(_view(await (await accounts_now(request)).revoke(_id(request), time.time())))
 
 
 def routes() -> list[web.RouteDef]:
@@ -155,20 +155,21 @@ def routes() -> list[web.RouteDef]:
     ]
 
 
-async def _accounts(request: web.Request) -> Accounts:
+async def accounts_now(request: web.Request) -> Accounts:
     """All there are now, whoever made them."""
     accounts = request.app[STATE].accounts
     await accounts.refresh()
     return accounts
 
 
+async def form_of(request: web.Request, form: type[F]) -> F:
+    """The form that a request's body fills in. ClientError 400."""
+    return forms.filled(form, parse_object(await request.read()))
+
+
 async def _changed(request: web.Request, kind: type[R], **changes: Any) -> web.StreamResponse:
     """The row that the path names, with these changes."""
-    return json_response(_view(await (await _accounts(request)).change(kind, _id(request), **changes)))
-
-
-async def _form(request: web.Request, form: type[F]) -> F:
-    return forms.filled(form, parse_object(await request.read()))
+    return json_response(_view(await (await accounts_now(request)).change(kind, _id(request), **changes)))
 
 
 def _id(request: web.Request) -> str:

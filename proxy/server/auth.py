@@ -14,6 +14,7 @@ from proxy.chat import LOCAL, Identity
 from proxy.errors import ClientError
 from proxy.policy.keys import allows, is_same
 from proxy.settings import Settings
+from proxy.store.account_rows import Team, missing
 from proxy.store.accounts import Accounts
 
 _CREDENTIALS = ("Authorization", "api-key", "x-api-key")
@@ -66,6 +67,15 @@ def caller_of(identity: Identity, headers: Mapping[str, str]) -> str:
         if (given := headers.get(name)) is not None:
             return f"{name}: {given}"
     return ""
+
+
+def check_team(identity: Identity, team: str | None) -> None:
+    """ClientError 404 for any team but the caller's own (None: none was named).
+
+    Before anything is looked up, so nothing tells whether there is one.
+    """
+    if team is not None and team != identity.team:
+        raise missing(Team, team)
 
 
 def may_ask(identity: Identity, model: str) -> bool:

@@ -14,7 +14,7 @@ from proxy.semcache.embedder import EmbeddingError
 from proxy.semcache.meaning import Candidate
 from proxy.server.auth import caller_of
 from proxy.server.downstream import json_response
-from proxy.server.queries import check_names, number, page_size
+from proxy.server.queries import behind, check_names, number, page_size
 from proxy.server.state import STATE, State
 from proxy.store.accounts import caller_of_team
 from proxy.store.entries import Entry, Facts
@@ -78,9 +78,8 @@ async def list_entries(request: web.Request) -> web.StreamResponse:
     given = request.query
     check_names(given, ("limit", "before", "model", "namespace"))
     limit = page_size(given)
-    before = number(given["before"], "before", at_least=1) if "before" in given else None
     store = request.app[STATE].pipeline.cache.store
-    found = await store.entries(limit, before, model=given.get("model"), namespace=given.get("namespace"))
+    found = await store.entries(limit, behind(given), model=given.get("model"), namespace=given.get("namespace"))
     return json_response({"object": "list", "data": [_facts(facts) for facts in found]})
 
 

@@ -20,26 +20,24 @@ is answered the same. Such a key is kept for good.
 from __future__ import annotations
 
 import time
-from typing import Any, TypeVar
+from typing import Any
 
 from aiohttp import web
 
 from proxy.errors import ClientError
 from proxy.policy.credits import MICRO, parse_credits
 from proxy.server import accountforms as forms
+from proxy.server.accounts import accounts_now, form_of
+from proxy.server.auth import check_team
 from proxy.server.downstream import json_response
 from proxy.server.middleware import VISIT
-from proxy.server.queries import check_names, number, page_size
+from proxy.server.queries import behind, check_names, page_size
 from proxy.server.state import STATE
-from proxy.store.account_rows import Team, missing
+from proxy.store.account_rows import Team
 from proxy.store.credits import Balance, Cause, Refill, Transaction, TransactionKind
 from proxy.store.payments import Paid, Payment
-from proxy.wire.requests import parse_object
 
 _MAX_KEY = 255
-
-F = TypeVar("F")
-
 
 # ---------------------------------------------------------------------- for administrators
 
@@ -51,19 +49,19 @@ async def get_balance(request: web.Request) -> web.StreamResponse:
 
 async def add(request: web.Request) -> web.StreamResponse:
     """POST /admin/credits/teams/{id}/add: `amount`, and `reason`."""
-    form = await _form(request, forms.Addition)
+    form = await form_of(request, forms.Addition)
     return await _pay(request, TransactionKind.ALLOCATION, form["amount"], reason=form.get("reason", ""))
 
 
 async def adjust(request: web.Request) -> web.StreamResponse:
     """POST /admin/credits/teams/{id}/adjust: `amount`, which may be below 0, and `reason`. 402 where less is left."""
-    form = await _form(request, forms.Adjustment)
+    form = await form_of(request, forms.Adjustment)
     return await _pay(request, TransactionKind.ADJUSTMENT, form["amount"], reason=form["reason"])
 
 
 async def refund(request: web.Request) -> web.StreamResponse:
     """POST /admin/credits/teams/{id}/refund: `amount`, and `reason`, `job_id`, `call_id`."""
-    form = await _form(request, forms.Refunding)
+    form = await form_of(request, forms.Refunding)
     return await _pay(
         request,
         *(TransactionKind.REFUND, form["amount"]),
@@ -99,7 +97,7 @@ async def get_refill(request: web.Request) -> web.StreamResponse:
 async def set_refill(request: web.Request) -> web.StreamResponse:
     """PUT /admin/credits/teams/{id}/auto-refill: `amount`, `period`, and `starts_at` (Unix seconds; otherwise now)."""
     state, team = request.app[STATE], (await _any_team(request)).id
-    form = await _form(request, forms.AutoRefill)
+    form = await form_of(request, forms.AutoRefill)
     made = await state.ledger.start_refill(team, form["amount"], form["period"], form.get("starts_at"), time.time())
     await state.accounts.refresh()
     return json_response(
@@ -160,13 +158,8 @@ async def check(request: web.Request) -> web.StreamResponse:
 
 
 async def own_team(request: web.Request) -> Team:
-    """The team that the path names, which must be that of who asks.
-
-    ClientError 404 for any other, before anything is looked up: so nothing tells whether there is one.
-    """
-    team_id = request.match_info["id"]
-    if team_id != request[VISIT].identity.team:
-        raise missing(Team, team_id)
+    """The team that the path names, which must be that of who asks. ClientError 404 for any other."""
+    check_team(request[VISIT].identity, request.match_info["id"])
     return await _any_team(request)
 
 
@@ -192,13 +185,7 @@ def routes() -> list[web.RouteDef]:
 
 async def _any_team(request: web.Request) -> Team:
     """The team that the path names, as it is now, whoever changed it. ClientError 404."""
-    accounts = request.app[STATE].accounts
-    await accounts.refresh()
-    return accounts.team(request.match_info["id"])
-
-
-async def _form(request: web.Request, form: type[F]) -> F:
-    return forms.filled(form, parse_object(await request.read()))
+    return (await accounts_now(request)).team(request.match_info["id"])
 
 
 def _idempotency_key(request: web.Request) -> str | None:
@@ -244,8 +231,7 @@ async def _balance(request: web.Request, team: Team) -> dict[str, Any]:
 async def _transactions(request: web.Request, team: Team) -> web.StreamResponse:
     given = request.query
     check_names(given, ("limit", "before"))
-    before = number(given["before"], "before", at_least=1) if "before" in given else None
-    page = await request.app[STATE].ledger.transactions(team.id, before, page_size(given))
+    page = await request.app[STATE].ledger.transactions(team.id, behind(given), page_size(given))
     data = [_shown_transaction(row) for row in page.rows]
     return json_response({"object": "list", "data": data, "total": page.total})
 

@@ -25,19 +25,18 @@ from proxy.answers import Seat
 from proxy.chat import ChatRequest, Identity, Mode, Status
 from proxy.policy.credits import MICRO, job_cost
 from proxy.server import jobforms as forms
-from proxy.server.accountforms import filled
 from proxy.server.accounting import Entry
+from proxy.server.accounts import form_of
+from proxy.server.auth import check_team
 from proxy.server.door import Later, Way
 from proxy.server.downstream import Downstream, json_response
 from proxy.server.middleware import VISIT, Visit
 from proxy.server.openai import JOB, PURPOSE, enter_job, misplaced, prepared
 from proxy.server.queries import check_names, page_size
 from proxy.server.state import STATE, State
-from proxy.store.account_rows import Team, missing
 from proxy.store.calls import CallRow
 from proxy.store.jobs import Job, JobState, NewJob
 from proxy.wire.encoding import dumps, loads
-from proxy.wire.requests import parse_object
 
 _CALL_PATH = re.compile(r"/api/jobs/([^/]+)/llm-call(-stream)?")
 _ONE_SHOT_PATH = "/api/jobs/create-and-call"
@@ -79,8 +78,8 @@ def ways() -> list[Way]:
 async def create(request: web.Request) -> web.StreamResponse:
     """POST /api/jobs/create: make one, of `job_type`, and `metadata`, `user_id`, `team_id`. CreditsSpentError (402)."""
     state, identity = request.app[STATE], request[VISIT].identity
-    form = filled(forms.JobForm, parse_object(await request.read()))
-    _check_team(identity, form.get("team_id"))
+    form = await form_of(request, forms.JobForm)
+    check_team(identity, form.get("team_id"))
     job = await state.ledger.create_job(_new_job(state, identity, form))
     return json_response(_view(job), 201)
 
@@ -94,7 +93,7 @@ async def get(request: web.Request) -> web.StreamResponse:
 
 async def add_metadata(request: web.Request) -> web.StreamResponse:
     """PATCH /api/jobs/{id}/metadata: `metadata`, whose members replace those with the same names."""
-    form = filled(forms.MetadataForm, parse_object(await request.read()))
+    form = await form_of(request, forms.MetadataForm)
     team, job_id = _named(request)
     return json_response(_view(await request.app[STATE].ledger.add_job_metadata(team, job_id, form["metadata"])))
 
@@ -108,7 +107,7 @@ async def costs(request: web.Request) -> web.StreamResponse:
 async def complete(request: web.Request) -> web.StreamResponse:
     """POST /api/jobs/{id}/complete: `status` is how it ends; and `metadata`, `error_message`. Again, it changes nothing."""
     state = request.app[STATE]
-    form = filled(forms.EndForm, parse_object(await request.read()))
+    form = await form_of(request, forms.EndForm)
     team, job_id = _named(request)
     await state.accounting.answered(team, job_id)
     job = await state.ledger.end_job(
@@ -126,7 +125,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
 async def list_jobs(request: web.Request) -> web.StreamResponse:
     """GET /api/teams/{id}/jobs: the newest first, `limit` of those before the job `before`."""
     ledger, team = request.app[STATE].ledger, request[VISIT].identity.team
-    _check_team(request[VISIT].identity, request.match_info["id"])
+    check_team(request[VISIT].identity, request.match_info["id"])
     check_names(request.query, ("limit", "before"))
     limit = page_size(request.query)
     # A number of the ledger's would tell how many jobs others have.
@@ -146,12 +145,6 @@ async def _job(request: web.Request) -> Job:
 
 def _named(request: web.Request) -> tuple[str, str]:
     return request[VISIT].identity.team, request.match_info["id"]
-
-
-def _check_team(identity: Identity, team: str | None) -> None:
-    """ClientError 404 for any team but the key's own, whether there is one or not."""
-    if team is not None and team != identity.team:
-        raise missing(Team, team)
 
 
 def _new_job(state: State, identity: Identity, form: forms.JobForm | forms.OneShotForm) -> NewJob:
@@ -209,7 +202,7 @@ def _prepared(
     visit.entry = entry = state.accounting.entry(
         visit.identity, visit.id, chat.model, user=user, job=job, purpose=purpose
     )
-    _check_team(visit.identity, form.get("team_id"))
+    check_team(visit.identity, form.get("team_id"))
     return entry, prepared(state, visit, entry, message.headers, chat)
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from proxy.addresses import is_loopback
-from proxy.chat import LOCAL, Identity, Mode, Outcome, Status, status_of
+from proxy.chat import LEFT_STATUS, LOCAL, Identity, Mode, Outcome, Status, status_of
 from proxy.errors import ClientError, OverloadedError, ProxyError
 from proxy.server.accounting import Entry
 from proxy.server.downstream import SERVER, cut, error_response
@@ -45,7 +45,6 @@ class Visit:
 
 VISIT = web.RequestKey("visit", Visit)
 
-_LEFT = 499  # nginx's name for a client that closed its connection
 
 _RUN = os.urandom(6).hex()
 _numbers = itertools.count(1)
@@ -140,7 +139,7 @@ def report_refused(state: State, visit: Visit, failure: ProxyError, started: flo
 def report_left(state: State, visit: Visit, started: float) -> None:
     """Book a call whose client has left before it was made, if it was known what for."""
     if visit.entry is not None and not visit.is_call:
-        state.report(_unmade(visit, Status.CANCELLED, _LEFT, None, state.now() - started))
+        state.report(_unmade(visit, Status.CANCELLED, LEFT_STATUS, None, state.now() - started))
 
 
 @web.middleware

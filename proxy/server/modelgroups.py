@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from proxy.chat import CacheTier, Recovery
 from proxy.errors import ClientError
 from proxy.policy.routing import Routes
-from proxy.server.accountforms import filled
+from proxy.server.accounts import accounts_now, form_of
 from proxy.server.auth import may_ask
 from proxy.server.downstream import json_response
 from proxy.server.middleware import VISIT
@@ -34,7 +34,6 @@ from proxy.server.queries import check_names, page_size
 from proxy.server.state import STATE, State
 from proxy.store.account_rows import GroupTarget, ModelGroup, missing
 from proxy.store.accounts import Accounts
-from proxy.wire.requests import parse_object
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ async def list_groups(request: web.Request) -> web.StreamResponse:
     """GET /admin/model-groups?limit=&after=: all of them, also those that are out of use."""
     given = request.query
     check_names(given, ("limit", "after"))
-    accounts = await _accounts(request)
+    accounts = await accounts_now(request)
     found, total = accounts.model_groups(page_size(given, most_digits=9), given.get("after", ""))
     routes = request.app[STATE].routes
     return json_response({"object": "list", "data": [_view(group, routes) for group in found], "total": total})
@@ -102,8 +101,8 @@ async def list_groups(request: web.Request) -> web.StreamResponse:
 async def create_group(request: web.Request) -> web.StreamResponse:
     """POST /admin/model-groups: `name`, `models`, `team_ids`, and what a [[model]] of the config has."""
     state = request.app[STATE]
-    accounts = await _accounts(request)
-    form = filled(NewGroup, parse_object(await request.read()))
+    accounts = await accounts_now(request)
+    form = await form_of(request, NewGroup)
     name = form["name"]
     if any(model.name == name for model in state.settings.model):
         raise ClientError(
@@ -116,13 +115,13 @@ async def create_group(request: web.Request) -> web.StreamResponse:
 
 async def get_group(request: web.Request) -> web.StreamResponse:
     """GET /admin/model-groups/{name}: one of them."""
-    accounts = await _accounts(request)
+    accounts = await accounts_now(request)
     return json_response(_view(accounts.model_group(_name(request)), request.app[STATE].routes))
 
 
 async def change_group(request: web.Request) -> web.StreamResponse:
     """PATCH /admin/model-groups/{name}: what is left out stays; `models` are all it has from now on."""
-    form = filled(GroupChanges, parse_object(await request.read()))
+    form = await form_of(request, GroupChanges)
     return await _changed(request, **_fields(form, request.app[STATE]))
 
 
@@ -186,13 +185,6 @@ def follow_groups(accounts: Accounts, routes: Routes) -> None:
                     _log.warning("the model group '%s': %s", group.id, words)
 
     accounts.follow_groups(take)
-
-
-async def _accounts(request: web.Request) -> Accounts:
-    """With the groups there are now, whoever made them."""
-    accounts = request.app[STATE].accounts
-    await accounts.refresh()
-    return accounts
 
 
 async def _changed(request: web.Request, **changes: Any) -> web.StreamResponse:

@@ -22,6 +22,11 @@ def number(text: str, name: str, *, at_least: int, most_digits: int = 15) -> int
     return int(text)
 
 
+def behind(given: Mapping[str, str]) -> int | None:
+    """The number behind which a list goes on, by `before`; None where it begins. ClientError 400."""
+    return number(given["before"], "before", at_least=1) if "before" in given else None
+
+
 def page_size(given: Mapping[str, str], *, most_digits: int = 15) -> int:
     """How much of a list `limit` asks for: 100 where it says nothing, and never more than 1,000."""
     return min(number(given.get("limit", str(_PAGE)), "limit", at_least=1, most_digits=most_digits), _MAX_PAGE)

@@ -17,14 +17,13 @@ from aiohttp import web
 
 from proxy.errors import ClientError
 from proxy.policy.credits import MICRO, parse_span
+from proxy.server import reports
 from proxy.server.credits import own_team
 from proxy.server.downstream import json_response
 from proxy.server.queries import check_names
 from proxy.server.state import STATE
 from proxy.store.credits import TransactionKind
 from proxy.store.usage import Sums
-
-_NOTHING = Sums(*[0] * len(Sums._fields))
 
 
 async def usage(request: web.Request) -> web.StreamResponse:
@@ -46,7 +45,7 @@ async def usage(request: web.Request) -> web.StreamResponse:
             "starts_at": start,
             "ends_at": end,
             "jobs": await ledger.job_counts(team, start, end),
-            **_shown(Sums(*map(sum, zip(_NOTHING, *(row.sums for row in models), strict=True)))),
+            **_shown(reports.total(models)),
             "credits_charged": -moved[TransactionKind.CHARGE] / MICRO,
             "credits_refunded": moved[TransactionKind.REFUND] / MICRO,
             "models": [{"model": row.group[0], **_shown(row.sums)} for row in models],

@@ -23,7 +23,7 @@ from proxy.errors import ClientError
 from proxy.policy.credits import MICRO
 from proxy.server import reports
 from proxy.server.downstream import json_response
-from proxy.server.queries import check_names, number, page_size
+from proxy.server.queries import behind, check_names, page_size
 from proxy.server.state import STATE
 from proxy.store.calls import CallRow, NewCall
 from proxy.store.content import Content, Text
@@ -79,7 +79,7 @@ async def list_calls(request: web.Request) -> web.StreamResponse:
     given = request.query
     check_names(given, ("team", "key", "job", "before", "limit"))
     limit = page_size(given)
-    before = number(given["before"], "before", at_least=1, most_digits=_MOST_DIGITS) if "before" in given else None
+    before = behind(given)
     narrowed = {name: given.get(name) for name in ("team", "key", "job")}
     # One more than is wanted tells whether others follow.
     found, total = await request.app[STATE].ledger.calls(before=before, limit=limit + 1, **narrowed)

@@ -214,6 +214,7 @@ MAIN: tuple[str, ...] = (
         refill_microcredits INTEGER CHECK (refill_microcredits > 0),  -- NULL: it is not refilled
         refill_period TEXT,
         refill_at REAL,
+        refill_from REAL,  -- the first refill_at
         CHECK (allocated = remaining + reserved + charged),
         CHECK ((refill_microcredits IS NULL) = (refill_at IS NULL)),
         CHECK ((refill_microcredits IS NULL) = (refill_period IS NULL))
@@ -271,11 +272,8 @@ MAIN: tuple[str, ...] = (
     CREATE INDEX job_of_team ON job (team);
     CREATE INDEX job_open ON job (created_at) WHERE ended_at IS NULL;
     """,
-    # What administrators ask for twice is done once, and refills keep their day of the month.
+    # What administrators ask for twice is done once.
     """
-    ALTER TABLE credit_account ADD COLUMN refill_from REAL;  -- the first refill_at
-    UPDATE credit_account SET refill_from = refill_at;
-
     CREATE TABLE payment (  -- that was asked for under a key of the client's
         key      TEXT PRIMARY KEY,
         asked    TEXT NOT NULL CHECK (json_valid(asked)),

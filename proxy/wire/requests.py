@@ -10,7 +10,7 @@ from typing import Any
 
 from multidict import MultiMapping
 
-from proxy.chat import NO_CACHE_WISH, CacheTier, CacheWish, ChatRequest, Parsed, Wishes
+from proxy.chat import CACHE_TIERS, NO_CACHE_WISH, CacheWish, ChatRequest, Parsed, Wishes
 from proxy.errors import ClientError
 from proxy.wire.encoding import dumps, loads
 
@@ -21,7 +21,6 @@ _DELIVERY = "x-headwater-delivery"
 _CACHE = "x-headwater-cache"
 _NAMESPACE = "x-headwater-namespace"
 _NO_WISHES = Wishes()
-_TIERS: tuple[CacheTier, ...] = ("semantic", "exact", "off")
 _MAX_NAMESPACE = 128
 _MAX_DIGITS = 15
 
@@ -104,7 +103,7 @@ def _cache_wish(headers: MultiMapping[str]) -> CacheWish:
     tier, namespace = headers.get(_CACHE), headers.get(_NAMESPACE)
     if tier is None and namespace is None and "Cache-Control" not in headers:
         return NO_CACHE_WISH
-    if tier is not None and (tier := tier.strip().lower()) not in _TIERS:
+    if tier is not None and (tier := tier.strip().lower()) not in CACHE_TIERS:
         raise _wrong(_CACHE, "must be 'semantic', 'exact' or 'off'", "invalid_value")
     if namespace is not None and not (len(namespace) <= _MAX_NAMESPACE and namespace.isprintable()):
         raise _wrong(_NAMESPACE, f"must be a name of at most {_MAX_NAMESPACE} printable characters", "invalid_value")
@@ -115,7 +114,7 @@ def _cache_wish(headers: MultiMapping[str]) -> CacheWish:
         keeps="no-store" not in directives,
         max_age_s=_delta_seconds(directives["max-age"]) if "max-age" in directives else None,
         only_if_cached="only-if-cached" in directives,
-        tier=next((known for known in _TIERS if known == tier), None),
+        tier=next((known for known in CACHE_TIERS if known == tier), None),
         namespace=namespace or "",
     )
 
