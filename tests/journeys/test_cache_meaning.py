@@ -68,7 +68,7 @@ async def meaning(start: Start, upstream: FakeUpstream, embedder: FakeUpstream) 
 async def test_a_question_in_other_words_is_answered_from_the_cache(start: Start, upstream: FakeUpstream) -> None:
     """By the embedder that is there by itself."""
     upstream.plays(echo)
-    proxy = await start(cache={"lookup_budget_ms": 20_000})
+    proxy = await start(cache={"lookup_budget_ms": 20_000, "verify_rate": 0})
     await proxy.ask(**asking(ASKED))
     await has_indexed(proxy, 1)
     for question in ("How can I reset my password?", LIKE):

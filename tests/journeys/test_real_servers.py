@@ -86,8 +86,10 @@ async def _aiohttp(directory: Path) -> AsyncIterator[Upstream]:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     upstream = Upstream(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", steps.release)
-    yield upstream
-    await runner.cleanup()
+    try:
+        yield upstream
+    finally:
+        await runner.cleanup()
 
 
 def _uvicorn(http: Literal["h11", "httptools"]) -> Serving:
@@ -122,9 +124,11 @@ def _uvicorn(http: Literal["h11", "httptools"]) -> Serving:
         config = uvicorn.Config(app, http=http, ws="none", lifespan="off", log_config=None)
         server = uvicorn.Server(config)
         task = asyncio.ensure_future(server.serve(sockets=[listening]))
-        yield upstream
-        server.should_exit = True
-        await task
+        try:
+            yield upstream
+        finally:
+            server.should_exit = True
+            await task
 
     return serving
 
@@ -200,8 +204,10 @@ async def _node(directory: Path) -> AsyncIterator[Upstream]:
                 upstream.connections.add(line.decode().split()[1])
 
         listening = asyncio.ensure_future(listen())
-        yield upstream
-        listening.cancel()
+        try:
+            yield upstream
+        finally:
+            listening.cancel()
 
 
 _SERVERS: dict[str, Serving] = {
@@ -219,6 +225,10 @@ _SERVERS: dict[str, Serving] = {
 @pytest.mark.parametrize("serving", _SERVERS.values(), ids=_SERVERS.keys())
 async def test_every_server_is_relayed_byte_for_byte_on_one_connection(serving: Serving, tmp_path: Path) -> None:
     async with serving(tmp_path) as upstream, running_proxy(make_settings(tmp_path, upstream.url)) as proxy:
+        async with proxy.get(
+            "/v1/models"
+        ) as response:  # The proxy asks for it at its start too, on a connection as well.
+            assert response.status == 200
         client = await Client.to(proxy.port)
         for _ in range(3):
             client.send(chat(stream=True))

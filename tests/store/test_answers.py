@@ -627,6 +627,7 @@ async def test_two_processes_share_their_answers(start: Start) -> None:
     assert await one.found(11) == await two.found(11)
     replaced = await two.put(asked(0, answer=b'"newer"'))
     await two.store.delete(mine[1])
+    await two.written()
     waiting = await one.put(asked(12))
     assert await one.store.refresh() == [replaced]
     assert set(one.gone) == {mine[0], mine[1], theirs[2]}
