@@ -2,7 +2,7 @@
 
 The process is started when it is first needed and ended when it had nothing to do for a while: all models that are asked for
 meanwhile are looked up by the same one. One that dies, or does not answer, is replaced once. When the next one fails too, the
-prices that it was asked for are unknown for now, and so are all others for some time: calls need no price to go on, and none
+prices that it was asked for are unknown for now, and so are all others for some time: few calls need a price to go on, and none
 is to start another process that fails.
 """
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from asyncio.subprocess import Process
 from collections.abc import Iterable
 from contextlib import suppress
 
 from proxy.chat import Target
 from proxy.childprocess import reply_line, running
+from proxy.errors import OverloadedError
 from proxy.policy.pricing import Prices, of_data
 from proxy.tasks import Tasks
 from proxy.wire.encoding import loads
@@ -65,6 +67,17 @@ class PriceLookup:
         if begun := self._begun(targets):
             await asyncio.wait(begun)
 
+    async def require(self, *targets: Target) -> None:
+        """As `learn`, for what cannot go on without: OverloadedError (503) when one of them could not be looked up.
+
+        Nobody knows then whether it has a price. One that was looked up may have none all the same.
+        """
+        await self.learn(*targets)
+        for target in targets:
+            if not self.prices.knows(target):
+                words = f"The price of '{target}' cannot be looked up now, and this call is to be paid by its price."
+                raise OverloadedError("prices_unavailable", words, retry_after_s=self._rest_s())
+
     async def close(self) -> None:
         """End the process. What still waits is not looked up."""
         self._is_closed = True
@@ -93,6 +106,12 @@ class PriceLookup:
         if self._is_closed or len(self._waiting) >= self._max_waiting:
             return False
         return self._rests_until is None or asyncio.get_running_loop().time() >= self._rests_until
+
+    def _rest_s(self) -> int:
+        """In how many seconds it is worth asking again, 1 at least."""
+        if self._rests_until is None:
+            return 1
+        return max(1, math.ceil(self._rests_until - asyncio.get_running_loop().time()))
 
     async def _work(self) -> None:
         while True:

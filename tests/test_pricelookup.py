@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from proxy.chat import Target
+from proxy.errors import OverloadedError
 from proxy.policy.pricing import Prices
 from proxy.pricelookup import PriceLookup
 from proxy.settings import PriceSettings
@@ -87,7 +88,7 @@ async def test_one_process_looks_many_up_and_none_is_needed_for_what_is_known(lo
     assert pricelists() == []
     nothing = Target("openai", "gpt-\udfff-nothing")
     lookup.begin([MINI, MINI, FLASH])
-    await lookup.learn(FLASH, nothing, MINI)
+    await lookup.require(FLASH, nothing, MINI)
     assert [input_usd(lookup, target) for target in (MINI, FLASH, nothing)] == [0.15, 0.1, None]
     assert lookup.prices.knows(nothing)
     (process,) = pricelists()
@@ -104,8 +105,9 @@ async def test_several_wait_for_one_lookup_and_who_leaves_takes_nothing_from_the
     with pytest.raises(asyncio.CancelledError):
         await leaving
     later = await begun(lookup, MINI)
-    await lookup.learn(FLASH)
-    assert not lookup.prices.knows(FLASH), "as many wait as may"
+    with pytest.raises(OverloadedError) as refused:
+        await lookup.require(FLASH)
+    assert refused.value.retry_after == "1", "as many wait as may"
     assert [waiting.done() for waiting in (staying, later)] == [False, False]
     os.kill(process, signal.SIGCONT)
     await asyncio.gather(staying, later)
@@ -144,6 +146,10 @@ async def test_one_that_dies_is_replaced_once(caplog: pytest.LogCaptureFixture) 
     await lookup.learn(MINI)
     lookup.begin([FLASH])
     assert pricelists() == [], "not tried again at every call"
+    with pytest.raises(OverloadedError, match="'openai/gpt-4o-mini' cannot be looked up now") as refused:
+        await lookup.require(Target("lab", "own-llama"), MINI)
+    assert (refused.value.status, refused.value.code) == (503, "prices_unavailable")
+    assert 990 < int(refused.value.retry_after or 0) <= 1000
     await lookup.close()
 
 

@@ -21,6 +21,7 @@ REASONS = (
     "insufficient_credits",
     "budget_exceeded",
     "price_unknown",
+    "prices_unavailable",
     "missing_api_key",
     "invalid_api_key",
     "key_expired",
