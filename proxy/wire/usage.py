@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from proxy.chat import Usage
 from proxy.wire.encoding import loads
@@ -19,7 +19,10 @@ _decoder = json.JSONDecoder()
 
 
 def read_usage(body: dict[str, Any]) -> Usage | None:
-    """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap."""
+    """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap.
+
+    A count below 0 is none, and what is said beside it is not believed either: nobody is to be paid for a call.
+    """
     usage = body.get("usage")
     if not usage and "x_groq" in body and isinstance(body["x_groq"], dict):
         usage = body["x_groq"].get("usage")
@@ -27,22 +30,28 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
         return None
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     completion = usage.get("completion_tokens", usage.get("output_tokens"))
-    if not isinstance(prompt, int) and not isinstance(completion, int):
+    counts = [count for count in (prompt, completion) if _is_whole(count)]
+    if not counts or min(counts) < 0:
         return None
     return Usage(
-        prompt if isinstance(prompt, int) else 0,
-        completion if isinstance(completion, int) else 0,
+        prompt if _is_whole(prompt) else 0,
+        completion if _is_whole(completion) else 0,
         cached=_detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
         reasoning=_detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"),
     )
 
 
 def _detail(usage: dict[str, Any], places: tuple[str, str], name: str) -> int:
-    """A count within a usage object; 0 where nothing is said of it."""
+    """A count within a usage object; 0 where nothing is said of it, or something below that."""
     for place in places:
-        if isinstance(details := usage.get(place), dict) and isinstance(count := details.get(name), int):
-            return count
+        if isinstance(details := usage.get(place), dict) and _is_whole(count := details.get(name)):
+            return max(0, count)
     return 0
+
+
+def _is_whole(count: object) -> TypeGuard[int]:
+    # To Python a JSON true is the number 1.
+    return isinstance(count, int) and not isinstance(count, bool)
 
 
 def usage_at_end(tail: bytes) -> Usage | None:

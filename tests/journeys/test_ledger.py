@@ -269,6 +269,18 @@ async def test_dollars_become_credits_to_the_last_micro_credit(upstream: FakeUps
     assert await credits_of(proxy) == (5000 - 3 * 12.1, 0, 3 * 12.1)
 
 
+async def test_an_upstream_that_counts_below_zero_is_not_believed(upstream: FakeUpstream, proxy: Proxy) -> None:
+    told = {"prompt_tokens": 7, "completion_tokens": -1000, "prompt_tokens_details": {"cached_tokens": -50}}
+    upstream.plays(stream(role(), text("Hello"), finish(), event({"choices": [], "usage": told})))
+    await give(proxy, 5000, **DOLLARS)
+    async with proxy.chat(headers=await key_of(proxy), stream=True) as response:
+        assert (await response.read()).endswith(DONE)
+    (row,) = await calls(proxy, 1)
+    assert (row["estimated"], row["completion_tokens"]) == (True, 1)
+    assert await credits_of(proxy) == (5000 - row["credits"], 0, row["credits"])
+    assert row["credits"] > 0
+
+
 async def test_what_has_no_price_is_not_sold_for_dollars(upstream: FakeUpstream, proxy: Proxy) -> None:
     await give(proxy, 5000, **DOLLARS)
     status, body = await ask(proxy, await key_of(proxy), model="nobody-knows")

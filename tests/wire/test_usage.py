@@ -38,6 +38,10 @@ def tail(value: Any) -> bytes:
         (tail({"usage": None, "choices": []}), None),
         (tail({"text": 'says "usage": {"prompt_tokens": 5}'}), None),
         (tail({"usage": {"seconds": 12}}), None),
+        (tail({"usage": {"prompt_tokens": 8, "completion_tokens": -1}}), None),
+        (tail({"usage": {"prompt_tokens": -8, "completion_tokens": 1}}), None),
+        (tail({"usage": {"prompt_tokens": True, "completion_tokens": False}}), None),
+        (tail({"usage": {**DETAILS, "input_tokens_details": {"cached_tokens": -30}}}), Usage(36, 87, reasoning=64)),
         (
             b'data: {"usage": {"prompt_tokens": 3}}\n\ndata: {"usage": {"prompt_tokens": 7, "completion_tokens": 2}}',
             Usage(7, 2),
