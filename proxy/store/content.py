@@ -188,7 +188,7 @@ class Contents:
             )
             if must_write:
                 problems.append(words)
-            else:
+            elif self._variable:  # Who was told of none, as a command that adds credits, does not read them either.
                 _log.warning("%s", words)
         if problems:
             raise ConfigError(problems)

@@ -260,6 +260,8 @@ async def test_with_a_wrong_key_the_proxy_does_not_start(tmp_path: Path, upstrea
     told = settings(tmp_path, upstream, "full", KEY)
     async with running_proxy(told) as proxy:
         await ask(proxy, BODY, "call-1")
+    code, out, error = await run(tmp_path, "credits", "balance", "local")
+    assert (code, out.split()[-1], error) == (0, "-", ""), "a command that reads no contents wants no keys"
     told = dataclasses.replace(told, content_keys=(ContentKey(1, bytes(32)),))
     with pytest.raises(
         ConfigError, match=r"^environment variable HEADWATER_CONTENT_KEYS: its version 1 is another key"
