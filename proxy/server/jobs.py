@@ -37,6 +37,7 @@ from proxy.server.state import STATE, State
 from proxy.store.calls import CallRow
 from proxy.store.jobs import Job, JobState, NewJob
 from proxy.wire.encoding import dumps, loads
+from proxy.wire.usage import read_usage
 
 _CALL_PATH = re.compile(r"/api/jobs/([^/]+)/llm-call(-stream)?")
 _ONE_SHOT_PATH = "/api/jobs/create-and-call"
@@ -222,21 +223,29 @@ def _shaped(state: State, visit: Visit, model: str, seat: Seat, whole: bytes) ->
     completion = loads(whole)
     choices = completion.get("choices")
     first = choices[0] if choices else {}
-    message, usage = first.get("message"), completion.get("usage")
+    message, usage = first.get("message"), read_usage(completion)
     members = {
         "call_id": visit.id,
         "job_id": visit.headers[JOB],
         "response": {
-            "content": message.get("content") if isinstance(message, dict) else first.get("text"),
-            "finish_reason": first.get("finish_reason"),
+            "content": _in_words(message.get("content") if isinstance(message, dict) else first.get("text")),
+            "finish_reason": _in_words(first.get("finish_reason")),
         },
         "metadata": {
-            "tokens_used": usage.get("total_tokens") if isinstance(usage, dict) else None,
+            "tokens_used": None if usage is None else usage.prompt + usage.completion,
             "latency_ms": round((state.now() - seat.call.started) * 1000),
             "model_group": model,
         },
     }
     return whole.rstrip()[:-1] + b"," + dumps(members)[1:]
+
+
+def _in_words(said: object) -> str | None:
+    """A text, or the texts of what is said in parts; None for anything else."""
+    if isinstance(said, list):
+        texts = [part.get("text") for part in said if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return said if isinstance(said, str) else None
 
 
 # ---------------------------------------------------------------------- what is shown

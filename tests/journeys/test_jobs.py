@@ -173,6 +173,17 @@ async def test_a_job_is_created_called_and_completed_by_the_official_client(
     assert await api("GET", "/api/teams/alpha/jobs") == (200, {"object": "list", "data": [found], "total": 1})
 
 
+async def test_what_a_call_said_is_told_in_words_and_numbers(upstream: FakeUpstream, api: Api) -> None:
+    """Mistral's models that think say it in parts: https://docs.mistral.ai/capabilities/reasoning."""
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    choice = {"index": 0, "message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}
+    upstream.plays(answer({**COMPLETION, "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 4}}))
+    status, told = await api("POST", "/api/jobs/create-and-call", ASKED)
+    assert (status, told["choices"]) == (200, [choice])
+    assert told["response"] == {"content": "Hello", "finish_reason": "stop"}
+    assert told["metadata"]["tokens_used"] == 11
+
+
 async def test_jobs_are_listed_the_newest_first_and_in_pieces(api: Api) -> None:
     made = [await api.create() for _ in range(4)]
     found = []
