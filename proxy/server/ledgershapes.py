@@ -208,7 +208,7 @@ class _TeamSums(TypedDict):
     total_tokens: int
     cached_tokens: int
     reasoning_tokens: int
-    price_usd: float
+    price_usd: _Usd
 
 
 class UsageOfModel(_TeamSums):

@@ -59,7 +59,8 @@ def routes() -> list[web.RouteDef]:
 
 
 def _shown(sums: Sums) -> dict[str, Any]:
-    """`unpriced_calls` are those whose price is unknown: it is not in `price_usd`."""
+    """`unpriced_calls` are those whose price is unknown: it is not in `price_usd`, which is None where that is all of them."""
+    _, price, _ = reports.amounts(sums)
     return {
         "calls": sums.calls,
         "failed_calls": sums.failed_calls,
@@ -69,5 +70,5 @@ def _shown(sums: Sums) -> dict[str, Any]:
         "total_tokens": sums.prompt_tokens + sums.completion_tokens,
         "cached_tokens": sums.cached_tokens,
         "reasoning_tokens": sums.reasoning_tokens,
-        "price_usd": sums.price_microusd / MICRO,
+        "price_usd": None if price is None else price / MICRO,
     }

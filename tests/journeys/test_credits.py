@@ -257,6 +257,12 @@ async def test_what_calls_cost_is_told_figure_by_figure(upstream: FakeUpstream, 
         assert (again["calls"], again["credits_charged"], again["credits_refunded"]) == (4, 0.05, 0.02), period
     _, balance = await see(proxy, "/credits/teams/alpha/balance", key)
     assert amounts(balance) == [50, 0.03, 49.97, 0]
+    upstream.plays(HELLO)
+    await admin(proxy, "PATCH", "/teams/alpha", {"budget_mode": None})
+    assert await ask(proxy, key, model="nobody-knows") == 200
+    _, told = await see(proxy, "/teams/alpha/usage", key)
+    (unknown,) = [row for row in told["models"] if row["model"] == "nobody-knows"]
+    assert (unknown["unpriced_calls"], unknown["price_usd"], told["price_usd"]) == (1, None, 0.005)
     _, nothing = await see(proxy, "/teams/alpha/usage?period=2020-02", key)
     assert (nothing["calls"], nothing["models"], nothing["credits_charged"]) == (0, [], 0)
     assert (nothing["starts_at"], nothing["ends_at"]) == (1580515200, 1583020800)
