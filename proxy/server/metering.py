@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from proxy.errors import ProxyError
 from proxy.tasks import Tasks
-from proxy.wire.usage import generated
+from proxy.wire.usage import Said, said_in
 
 PIECE_TOKENS = 256
 """For so many tokens of an answer credit is held at a time."""
@@ -31,23 +31,24 @@ class Meter:
         self._stop = stop
         self._tasks = tasks
         self._held = PIECE_TOKENS
-        self._said = 0
+        self._said = Said()
         self._is_extending = False
         self._refusal: ProxyError | None = None
 
     def hear(self, segment: bytes) -> None:
         """Some events of the answer, on their way to its clients."""
-        self._said += generated(segment)
+        self._said += said_in(segment)
+        tokens = self._said.tokens
         if self._refusal is not None:
-            if self._said >= self._held:
+            if tokens >= self._held:
                 self._stop(self._refusal)
-        elif self._said + _AHEAD_TOKENS >= self._held and not self._is_extending:
+        elif tokens + _AHEAD_TOKENS >= self._held and not self._is_extending:
             self._is_extending = True
             self._tasks.spawn(self._extend(), "hold more for an answer")
 
     async def _extend(self) -> None:
         # A piece may come that is longer than what was held so far.
-        more = max(PIECE_TOKENS, self._said - self._held + PIECE_TOKENS)
+        more = max(PIECE_TOKENS, self._said.tokens - self._held + PIECE_TOKENS)
         try:
             await self.extend(more)
             self._held += more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from proxy.chat import Usage
 from proxy.wire.encoding import loads
@@ -12,7 +12,7 @@ from proxy.wire.encoding import loads
 TAIL_BYTES = 4096
 """Within so many of the last bytes of an answer its usage is said, whichever the route: behind the rest, and short."""
 
-_CHARACTERS_PER_TOKEN = 4
+_BYTES_PER_TOKEN = 4
 
 _usage_member = re.compile(r'"usage"\s*:\s*(?=\{)')
 _decoder = json.JSONDecoder()
@@ -70,21 +70,41 @@ def usage_at_end(tail: bytes) -> Usage | None:
     return None
 
 
-def generated(segment: bytes) -> int:
-    """About how many tokens some events of a stream in normal form say: one for up to four characters."""
-    tokens = 0
+class Said(NamedTuple):
+    """How much some events of an answer say: in how many pieces, and in how many bytes (UTF-8)."""
+
+    pieces: int = 0
+    size: int = 0
+
+    def __add__(self, other: object) -> Said:
+        if not isinstance(other, Said):
+            return NotImplemented
+        return Said(self.pieces + other.pieces, self.size + other.size)
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens that is: one for four bytes, and no fewer than pieces, for many streams have a token in each.
+
+        What was said has to be added up before: rounded up piece by piece, a stream of words would be twice as long.
+        """
+        return max(self.pieces, -(-self.size // _BYTES_PER_TOKEN))
+
+
+def said_in(segment: bytes) -> Said:
+    """How much some events of a stream in normal form say."""
+    said = Said()
     for event in segment.split(b"\n\n"):
         if event.startswith(b"data: {"):
-            tokens += _tokens_of(loads(event[6:]))
-    return tokens
+            said += _said_by(loads(event[6:]))
+    return said
 
 
-def _tokens_of(chunk: dict[str, Any]) -> int:
-    tokens = 0
+def _said_by(chunk: dict[str, Any]) -> Said:
+    sizes = []
     for choice in chunk["choices"]:
         delta = choice["delta"]
-        said = [delta.get(name) for name in ("content", "reasoning_content", "reasoning", "refusal")]
-        said += [call.get("function", {}).get("arguments") for call in delta.get("tool_calls") or ()]
-        characters = sum(len(text) for text in said if isinstance(text, str))
-        tokens += -(-characters // _CHARACTERS_PER_TOKEN)
-    return tokens
+        texts = [delta.get(name) for name in ("content", "reasoning_content", "reasoning", "refusal")]
+        texts += [call.get("function", {}).get("arguments") for call in delta.get("tool_calls") or ()]
+        # Half a surrogate pair is a text to JSON, and none to UTF-8.
+        sizes += [len(text.encode(errors="replace")) for text in texts if isinstance(text, str) and text]
+    return Said(len(sizes), sum(sizes))

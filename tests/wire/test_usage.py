@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.chat import Usage
-from proxy.wire.usage import TAIL_BYTES, generated, usage_at_end
+from proxy.wire.usage import TAIL_BYTES, said_in, usage_at_end
 from tests.fakes.upstream import event, text
 
 DETAILS = {
@@ -67,6 +67,10 @@ def test_whatever_an_answer_ends_with_is_no_failure(end: bytes) -> None:
         (text("four"), 1),
         (text("fives"), 2),
         (text("") + text("Hello") + b": ping\n\n", 2),
+        (text("word ") * 100, 125),
+        (text("a") * 100, 100),
+        (text("\u6f22\u5b57" * 10), 15),
+        (b'data: {"choices": [{"index": 0, "delta": {"content": "\\udfff"}}]}\n\n', 1),
         (event({"choices": [{"index": 0, "delta": {"reasoning_content": "hm", "content": None}}]}), 1),
         (
             event(
@@ -79,4 +83,4 @@ def test_whatever_an_answer_ends_with_is_no_failure(end: bytes) -> None:
     ],
 )
 def test_what_some_events_say_in_tokens(segment: bytes, tokens: int) -> None:
-    assert generated(segment) == tokens
+    assert said_in(segment).tokens == tokens
