@@ -208,6 +208,21 @@ def test_a_question_that_fails_costs_the_next_nothing() -> None:
 # ---------------------------------------------------------------------- beside a real server
 
 
+async def test_what_is_paid_by_a_price_waits_for_the_list_and_is_not_refused_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_proxy(
+        make_settings(tmp_path, BASES["openai"], more=f'unix_socket = "{tmp_path}/none"')
+    ) as proxy:
+        budget = {"budget_day_usd": 5}
+        async with proxy.client.patch(proxy.base[:-3] + "/admin/teams/local", json=budget) as response:
+            assert response.status == 200
+        monkeypatch.setattr("sys.executable", "/not/there")
+        async with proxy.chat(model="gpt-4o-mini") as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "prices_unavailable")
+            assert 0 < int(response.headers["Retry-After"]) <= 60
+
+
 async def ask_a_provider(directory: Path) -> dict[str, Any]:
     """Call a model with a public price through a proxy, and tell what became of it."""
     authority, path = Authority(directory), directory / "openai.sock"

@@ -229,8 +229,9 @@ class Entry:
     async def open(self, targets: tuple[Target, ...], stop: Callable[[ProxyError], None] | None = None) -> Meter | None:
         """Write it down and hold what it may cost, before an upstream is asked. As Ledger.open_call.
 
-        ClientError 403 when it is to be paid by its price, and nobody knows that. `stop` is called when the answer has come so
-        far that nothing is left to pay for more, where the team wants that.
+        ClientError 403 when it is to be paid by its price, and it has none that is known; OverloadedError 503 when that could
+        not be looked up. `stop` is called when the answer has come so far that nothing is left to pay for more, where the team
+        wants that.
         """
         accounting, terms = self._accounting, _FREE_TERMS
         if not self._is_aside:
@@ -240,7 +241,7 @@ class Entry:
         accounting.price_lookup.begin(targets)
         if stop is not None and terms.stops_when_spent and terms.grow_with_tokens:
             self._completion_tokens = min(self._completion_tokens, PIECE_TOKENS)
-            self._meter = Meter(self._hold_more, stop, accounting.tasks)
+            self._meter = Meter(self._hold_more, stop, accounting.tasks, self._completion_tokens)
         new = self._new
         if terms.credits is not None or terms.have_budgets:
             new = new.holding(*await self._worth(self._completion_tokens))
@@ -282,7 +283,7 @@ class Entry:
         return _Worth(cost if self._new.job is not None else job_cost(terms, cost), price)
 
     async def _price_at(self, target: Target, completion_tokens: int) -> int:
-        await self._accounting.price_lookup.learn(target)
+        await self._accounting.price_lookup.require(target)
         price = self._charge(target, Usage(self._body_tokens, completion_tokens)).charged_microusd
         if price is None:
             words = f"No price is known for '{target}', and this call is to be paid by its price."
@@ -317,7 +318,7 @@ class Entry:
         target, usage = outcome.target, outcome.usage
         if outcome.mode in FREE or target is None or usage is None:
             # What nobody knows the tokens of has an unknown price, if it has any.
-            is_unknown = outcome.mode not in FREE and outcome.status in _WHOLE
+            is_unknown = outcome.mode not in FREE and _has_generated(outcome)
             self._close(outcome, Charge(None, None) if is_unknown else _COSTS_NOTHING)
         elif self._accounting.prices.knows(target):
             self._close(outcome, self._charge(target, usage))
@@ -381,12 +382,19 @@ class Entry:
             None if usage is None else usage.reasoning,
             usage is not None and usage.estimated,
             charge.cost_microusd,
-            charge.charged_microusd if is_paid else 0,
+            self._price(outcome, charge) if is_paid else 0,
             self._credits(outcome, charge) if is_paid else 0,
             outcome.cache_entry,
             outcome.finish_reason,
             outcome.content,
         )
+
+    def _price(self, outcome: Outcome, charge: Charge) -> int | None:
+        """What a call that is paid for is to cost: what was held for it, where nobody knows what it took."""
+        price = charge.charged_microusd
+        if price is None and self._terms.need_price and self._open is not None and _has_generated(outcome):
+            return self._open.new.hold_microusd
+        return price
 
     def _credits(self, outcome: Outcome, charge: Charge) -> int:
         """What a call that is paid for costs, in micro-credits; what was held for it, where nobody knows what it took."""
@@ -402,8 +410,10 @@ class Entry:
 
 
 def _has_generated(outcome: Outcome) -> bool:
-    """Whether there is something to be paid for."""
-    return outcome.status in _WHOLE or bool(outcome.usage is not None and outcome.usage.completion)
+    """Whether there is something to be paid for. Where nobody tells the tokens, that is so as soon as an answer began."""
+    if outcome.status not in _PAID or outcome.status in _WHOLE:
+        return outcome.status in _WHOLE
+    return outcome.ttft_s is not None if outcome.usage is None else outcome.usage.completion > 0
 
 
 def _job_state_of(outcome: Outcome) -> JobState:

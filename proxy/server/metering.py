@@ -25,12 +25,13 @@ class Meter:
     __slots__ = ("_held", "_is_extending", "_refusal", "_said", "_stop", "_tasks", "extend")
 
     def __init__(
-        self, extend: Callable[[int], Awaitable[None]], stop: Callable[[ProxyError], None], tasks: Tasks
+        self, extend: Callable[[int], Awaitable[None]], stop: Callable[[ProxyError], None], tasks: Tasks, held: int
     ) -> None:
+        """`held` is for how many tokens credit is held already."""
         self.extend = extend
         self._stop = stop
         self._tasks = tasks
-        self._held = PIECE_TOKENS
+        self._held = held
         self._said = Said()
         self._is_extending = False
         self._refusal: ProxyError | None = None

@@ -281,6 +281,27 @@ async def test_an_upstream_that_counts_below_zero_is_not_believed(upstream: Fake
     assert row["credits"] > 0
 
 
+async def test_who_leaves_an_answer_that_nobody_counts_pays_what_was_held(upstream: FakeUpstream, proxy: Proxy) -> None:
+    """A client that hangs up before the usage is told, which is at the end, would have had the rest for nothing."""
+    paused = Paused(event({"type": "response.output_text.delta", "delta": "Hello"}))
+    upstream.plays(paused)
+    await give(proxy, 5000, **TOKENS)
+    body = {"model": "model-a", "input": "Hi", "stream": True}
+    async with proxy.post("/responses", body, headers=await key_of(proxy)) as response:
+        assert await response.content.readany()
+        response.close()
+    (row,) = await calls(proxy, 1)
+    assert (row["mode"], row["status"], row["prompt_tokens"], row["price_usd"]) == (
+        "passthrough",
+        "cancelled",
+        None,
+        None,
+    )
+    _, reserved, used = await credits_of(proxy)
+    assert (reserved, used) == (0, row["credits"])
+    assert used > 1000
+
+
 async def test_what_has_no_price_is_not_sold_for_dollars(upstream: FakeUpstream, proxy: Proxy) -> None:
     await give(proxy, 5000, **DOLLARS)
     status, body = await ask(proxy, await key_of(proxy), model="nobody-knows")
@@ -307,6 +328,35 @@ async def test_a_stream_ends_where_the_credit_does(upstream: FakeUpstream, proxy
     assert reserved == 0
     assert used >= 400
     assert left + used == 700
+
+
+async def test_an_answer_longer_than_it_may_be_is_stopped_at_what_was_held(
+    upstream: FakeUpstream, proxy: Proxy
+) -> None:
+    """The upstream does not keep to `max_tokens`, and the team has no more."""
+    upstream.plays(Paused(role(), *[text("word ")] * 150))
+    await give(proxy, 130, **TOKENS, hard_stop=True)
+    async with proxy.chat(headers=await key_of(proxy), stream=True, max_tokens=50) as response:
+        said = await response.read()
+    assert b"insufficient_credits" in said
+    assert (await proxy.ledger.next())["status"] == "rejected"
+    _, reserved, used = await credits_of(proxy)
+    assert reserved == 0
+    assert used <= 130
+
+
+async def test_what_nobody_counts_is_taken_from_a_budget_as_it_was_held(upstream: FakeUpstream, proxy: Proxy) -> None:
+    """Else it would go past every budget."""
+    upstream.plays(answer({"output": "Hello"}))
+    assert (await admin(proxy, "PATCH", "/teams/alpha", {"budget_day_usd": 5}))[0] == 200
+    headers, statuses = await key_of(proxy), []
+    for _ in range(3):
+        async with proxy.post("/responses", {"model": "model-a", "input": "Hi"}, headers=headers) as response:
+            statuses.append(response.status)
+    assert statuses == [200, 200, 402]
+    row, *_ = await calls(proxy, 3)
+    assert (row["prompt_tokens"], row["cost_usd"]) == (None, None)
+    assert 2 < row["price_usd"] < 2.5
 
 
 @pytest.mark.parametrize("holder", ["key", "team"])
