@@ -103,8 +103,10 @@ def parse_decimal(written: str | int | float | Decimal, decimals: int, most: int
     A float stands for the shortest number that reads as it. ValueError for what is no such number, or has more decimals: its
     words say what the number must be ("must be …").
     """
+    text = str(written)
     try:
-        exact = Decimal(str(written))
+        # Python takes digits of every script for numbers, and underscores between them.
+        exact = Decimal(text if text.isascii() and "_" not in text else "")
     except InvalidOperation:
         raise ValueError(f"must be a number up to {most}") from None
     # By comparing, and not by calculating, which would round past 28 digits, and fail for exponents in the millions.

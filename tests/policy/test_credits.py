@@ -162,6 +162,8 @@ def test_what_is_shown_can_be_read_again(microcredits: int) -> None:
         "",
         "a lot",
         "1,5",
+        "1_0",
+        "\uff11\uff10",
         "nan",
         "inf",
         "-Infinity",
