@@ -60,6 +60,14 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 
+class Holder(NamedTuple):
+    """Who has limits. `id` tells holders apart: keys from teams as well. `name` is what its owner reads: `team 'alpha'`."""
+
+    id: str
+    name: str
+    limits: Limits
+
+
 class Budgets(NamedTuple):
     """How much may be spent at most in each day, each month (UTC) and in all, in micro-dollars; None is no limit."""
 
@@ -76,7 +84,8 @@ class Identity(NamedTuple):
 
     `organisation` and `team` are ids; `key` is the key's id, "" where callers need none. `caller` is whose answers may be
     shared, "" where the credentials tell. A model must fit a pattern of `models` and one of `team_models`: both hold "*"
-    where all are allowed. `barred` are the names of model groups that are for other teams.
+    where all are allowed. `holders` are those of the key and the team that have limits. `barred` are the names of model groups
+    that are for other teams.
     """
 
     organisation: str
@@ -85,8 +94,7 @@ class Identity(NamedTuple):
     caller: str = ""
     models: tuple[str, ...] = ("*",)
     team_models: tuple[str, ...] = ("*",)
-    key_limits: Limits = NO_LIMITS
-    team_limits: Limits = NO_LIMITS
+    holders: tuple[Holder, ...] = ()
     barred: frozenset[str] = frozenset()
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from proxy.chat import Limits
+from proxy.chat import Holder, Limits
 from proxy.errors import ClientError
 
 WINDOW_S = 60.0
@@ -42,14 +42,6 @@ _REQUEST_HEADERS, _TOKEN_HEADERS = (
     tuple(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset")) for kind in ("requests", "tokens")
 )
 _UNLIMITED = (math.inf, 0)
-
-
-class Holder(NamedTuple):
-    """Who has limits. `id` tells holders apart: keys from teams as well. `name` is what its owner reads: `team 'alpha'`."""
-
-    id: str
-    name: str
-    limits: Limits
 
 
 class Kind(StrEnum):

@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from proxy.chat import NO_LIMITS, Identity, Mode, Outcome
-from proxy.policy.limits import Admission, Holder, Kind, Limiter, Refusal
+from proxy.chat import Identity, Mode, Outcome
+from proxy.policy.limits import Admission, Kind, Limiter, Refusal
 
 BYTES_PER_TOKEN = 4
 """Of text that nobody has counted, a token for so many bytes."""
@@ -36,7 +36,7 @@ class Limiting:
         What is left is put into `told`, the headers of the response. `completion_tokens` are the most that the answer may
         have, None where that was not said.
         """
-        chain = _chain(identity)
+        chain = identity.holders
         if not chain:
             return None
         tokens = body_bytes // BYTES_PER_TOKEN
@@ -78,13 +78,3 @@ class Taken:
             return outcome.usage.prompt + outcome.usage.completion
         # Nobody reads the answers to requests that are passed on.
         return self._body_tokens if outcome.mode is Mode.PASSTHROUGH else 0
-
-
-def _chain(identity: Identity) -> list[Holder]:
-    """Who limits such calls. An id tells a key from a team of that name."""
-    chain = []
-    if identity.key_limits != NO_LIMITS:
-        chain.append(Holder(f"key {identity.key}", "this key", identity.key_limits))
-    if identity.team_limits != NO_LIMITS:
-        chain.append(Holder(f"team {identity.team}", f"team '{identity.team}'", identity.team_limits))
-    return chain

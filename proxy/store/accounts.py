@@ -17,7 +17,7 @@ from functools import partial
 from heapq import nsmallest
 from typing import Any, TypeVar
 
-from proxy.chat import NO_BUDGETS, NO_LIMITS, Budgets, Identity, Limits
+from proxy.chat import NO_BUDGETS, NO_LIMITS, Budgets, Holder, Identity, Limits
 from proxy.errors import ClientError, ConfigError, OverloadedError
 from proxy.policy.keys import ENTROPY_BYTES, hash_of, is_same, make_key, prefix_of
 from proxy.settings import Settings
@@ -112,6 +112,11 @@ class Accounts:
 
     def _identity(self, key: VirtualKey) -> Identity:
         team = self._teams[key.team]
+        # An id tells a key from a team of that name.
+        holders = (
+            Holder(f"key {key.id}", "this key", key.limits),
+            Holder(f"team {team.id}", f"team '{team.id}'", team.limits),
+        )
         return Identity(
             team.organisation,
             team.id,
@@ -119,8 +124,7 @@ class Accounts:
             caller_of_team(team.id),
             key.models,
             team.models,
-            key.limits,
-            team.limits,
+            tuple(holder for holder in holders if holder.limits != NO_LIMITS),
             frozenset(
                 group.id
                 for group in self._groups.values()

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from proxy.chat import Limits
-from proxy.policy.limits import Admission, Holder, Kind, Limiter, Refusal, duration, most_completion_tokens
+from proxy.chat import Holder, Limits
+from proxy.policy.limits import Admission, Kind, Limiter, Refusal, duration, most_completion_tokens
 from tests.conftest import examples
 
 
