@@ -20,6 +20,7 @@ import hashlib
 import hmac
 import string
 from collections.abc import Collection
+from functools import lru_cache
 
 from proxy.settings import matches
 
@@ -64,11 +65,18 @@ def hash_of(key: str, secret: bytes) -> bytes:
 
     The secret is 16 bytes or more, ValueError otherwise. It is kept elsewhere than the hashes: with another one no key fits.
     """
+    hasher = _hasher(secret).copy()
+    hasher.update(_as_bytes(key))
+    return hasher.digest()
+
+
+@lru_cache(maxsize=1)
+def _hasher(secret: bytes) -> hashlib.blake2b:
     if len(secret) < MIN_SECRET_BYTES:
         raise ValueError(f"the secret for keys must have {MIN_SECRET_BYTES} bytes or more, not {len(secret)}")
     # BLAKE2b takes 64 bytes of key, and any number of bytes is to do.
     secret_key = hashlib.blake2b(secret, person=b"hw-key-secret").digest()
-    return hashlib.blake2b(_as_bytes(key), digest_size=_HASH_BYTES, key=secret_key, person=b"hw-virtual-key").digest()
+    return hashlib.blake2b(digest_size=_HASH_BYTES, key=secret_key, person=b"hw-virtual-key")
 
 
 def is_same(one: bytes | str, other: bytes | str) -> bool:

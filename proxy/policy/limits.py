@@ -41,7 +41,7 @@ _MAX_STEP_S = 86_400.0
 _REQUEST_HEADERS, _TOKEN_HEADERS = (
     tuple(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset")) for kind in ("requests", "tokens")
 )
-_UNLIMITED = (math.inf, 0)
+_UNLIMITED: tuple[float, int | None] = (math.inf, None)
 
 
 class Kind(StrEnum):
@@ -83,77 +83,70 @@ class Refusal(NamedTuple):
 
 
 class _State:
-    """What a holder has taken: `requests` and `tokens` as of the time `at`, and what its running calls hold."""
+    """What a holder has taken and has not got back, as of the time `at`, and what its running calls hold.
 
-    __slots__ = ("at", "held", "holding", "limits", "requests", "running", "tokens")
+    What was taken is kept as the seconds in which it flows back: those are the same whatever becomes of the limits.
+    """
+
+    __slots__ = ("at", "held", "holding", "limits", "requests_s", "running", "tokens_s")
 
     def __init__(self, limits: Limits, at: float) -> None:
         self.limits = limits
         self.at = at
-        self.requests = 0.0
-        self.tokens = 0.0
+        self.requests_s = 0.0
+        self.tokens_s = 0.0
         self.running = 0
         self.held = 0
-        self.holding: dict[Admission, None] = {}
-        """The running calls whose tokens are held, the first to be admitted first."""
+        self.holding: dict[Admission, int] = {}
+        """The running calls whose tokens are held, and how many; the first to be admitted first."""
 
     def move(self, limits: Limits, time: float) -> None:
-        """Let flow back what has since `at`. Where the limits have changed, all flows back in the same time as before."""
-        if limits is not self.limits:
-            self.requests = _scaled(self.requests, self.limits.requests_per_minute, limits.requests_per_minute)
-            self.tokens = _scaled(self.tokens, self.limits.tokens_per_minute, limits.tokens_per_minute)
-            self.limits = limits
+        """Let flow back what has since `at`, and hold no longer what was held for a minute."""
+        self.limits = limits
         passed = time - self.at
         if passed > 0:
             self.at = time
-            if self.requests:
-                self.requests = _left(self.requests, limits.requests_per_minute, passed)
-            if self.tokens:
-                self.tokens = _left(self.tokens, limits.tokens_per_minute, passed)
+            self.requests_s = self.requests_s - passed if self.requests_s > passed else 0.0
+            self.tokens_s = self.tokens_s - passed if self.tokens_s > passed else 0.0
+            while self.holding:
+                oldest = next(iter(self.holding))
+                if time - oldest.time < WINDOW_S - _SLACK:
+                    break
+                self.held -= self.holding.pop(oldest)
 
-    def lapse(self, time: float) -> None:
-        """Hold no longer what was held for a minute."""
-        while self.holding:
-            oldest = next(iter(self.holding))
-            if time - oldest.time < WINDOW_S - _SLACK:
-                return
-            del self.holding[oldest]
-            self.held -= oldest.tokens
+    def left(self) -> tuple[float, float, float]:
+        """How many requests, tokens and slots are left, infinitely many where nobody limits them; below 0, what is owed."""
+        requests, tokens, calls = self.limits
+        return (
+            math.inf if requests is None else requests - self.requests_s * requests / WINDOW_S,
+            math.inf if tokens is None else tokens - self.tokens_s * tokens / WINDOW_S - self.held,
+            math.inf if calls is None else calls - self.running,
+        )
 
     def seconds_to(self, tokens: int, limit: int, time: float) -> float:
         """How long until so many tokens fit, when no running call ends before: some flow back, some are held no longer."""
-        missing = self.tokens + self.held + tokens - limit
-        # What flows back before all that is held has lapsed is at most what was taken.
-        flows_for = self.tokens * WINDOW_S / limit
+        needed = self.tokens_s + (self.held + tokens) * WINDOW_S / limit - WINDOW_S
         waits = 0.0
-        for call in self.holding:
-            needed = missing * WINDOW_S / limit
-            if needed <= flows_for and needed <= call.time + WINDOW_S - time:
+        for call, held in self.holding.items():
+            # What flows back before all that is held has lapsed is at most what was taken.
+            if needed <= self.tokens_s and needed <= call.time + WINDOW_S - time:
                 return max(needed, waits)
             waits = call.time + WINDOW_S - time
-            missing -= call.tokens
-        return max(missing * WINDOW_S / limit, waits)
+            needed -= held * WINDOW_S / limit
+        return max(needed, waits)
 
     def is_idle(self, time: float) -> bool:
         """Whether it is as good as one that nothing is known of."""
-        if self.running:
-            return False
-        passed = time - self.at
-        limits = self.limits
-        return not (
-            _left(self.requests, limits.requests_per_minute, passed)
-            or _left(self.tokens, limits.tokens_per_minute, passed)
-        )
+        return not self.running and max(self.requests_s, self.tokens_s) <= time - self.at
 
 
 class Admission:
-    """A call that was admitted, to be settled. `tokens` is what it holds, `time` the limiter's own when it began."""
+    """A call that was admitted, to be settled. `time` is the limiter's own when it began."""
 
-    __slots__ = ("_states", "is_settled", "time", "tokens")
+    __slots__ = ("is_settled", "states", "time")
 
-    def __init__(self, states: list[_State], tokens: int, time: float) -> None:
-        self._states = states
-        self.tokens = tokens
+    def __init__(self, states: list[_State], time: float) -> None:
+        self.states = states
         self.time = time
         self.is_settled = False
 
@@ -182,37 +175,30 @@ class Limiter:
         """
         time = self._tick(now)
         states: list[_State] = []
-        refused = is_first = False
+        fits, is_first = True, False
         for holder in chain:
-            limits = holder.limits
             state = self._states.get(holder.id)
             if state is None:
-                state = self._states[holder.id] = _State(limits, time)
+                state = self._states[holder.id] = _State(holder.limits, time)
                 is_first = True
-            else:
-                state.move(limits, time)
+            state.move(holder.limits, time)
             states.append(state)
-            if limits.parallel_calls is not None and state.running >= limits.parallel_calls:
-                refused = True
-            if limits.requests_per_minute is not None and state.requests + 1 > limits.requests_per_minute + _SLACK:
-                refused = True
-            most = limits.tokens_per_minute
-            if most is not None and state.tokens + state.held + tokens > most + _SLACK:
-                state.lapse(time)
-                refused = refused or state.tokens + state.held + tokens > most + _SLACK
+            requests_left, tokens_left, slots_left = state.left()
+            if requests_left < 1 - _SLACK or tokens_left < tokens - _SLACK or slots_left < 1:
+                fits = False
         decision: Admission | Refusal
-        if refused:
-            decision = self._refusal(chain, states, tokens, time)
-        else:
-            decision = Admission(states, tokens, time)
+        if fits:
+            decision = Admission(states, time)
             for state in states:
-                limits = state.limits
+                most_requests, most_tokens, _ = state.limits
                 state.running += 1
-                if limits.requests_per_minute is not None:
-                    state.requests += 1
-                if limits.tokens_per_minute is not None:
+                if most_requests is not None:
+                    state.requests_s += WINDOW_S / most_requests
+                if most_tokens is not None:
                     state.held += tokens
-                    state.holding[decision] = None
+                    state.holding[decision] = tokens
+        else:
+            decision = self._refusal(chain, states, tokens, time)
         if is_first:
             self._forget(_SWEPT * len(states), time)
         return decision
@@ -223,14 +209,12 @@ class Limiter:
             return
         admission.is_settled = True
         time = self._tick(now)
-        for state in admission._states:
+        for state in admission.states:
+            state.move(state.limits, time)
             state.running -= 1
-            if admission in state.holding:
-                del state.holding[admission]
-                state.held -= admission.tokens
-            if state.limits.tokens_per_minute is not None:
-                state.move(state.limits, time)
-                state.tokens += tokens
+            state.held -= state.holding.pop(admission, 0)
+            if (most := state.limits.tokens_per_minute) is not None:
+                state.tokens_s += tokens * WINDOW_S / most
 
     def headers(self, chain: Sequence[Holder], now: float) -> list[tuple[str, str]]:
         """OpenAI's `x-ratelimit-…` headers (https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers).
@@ -241,23 +225,24 @@ class Limiter:
         time = self._tick(now)
         requests = tokens = _UNLIMITED
         for holder in chain:
-            limits = holder.limits
-            state = self._states.get(holder.id)
-            if state is None:
-                state = _State(limits, time)
-            else:
-                state.move(limits, time)
-                state.lapse(time)
-            if (most := limits.requests_per_minute) is not None and most - state.requests < requests[0]:
-                requests = (most - state.requests, most)
-            if (most := limits.tokens_per_minute) is not None and most - state.tokens - state.held < tokens[0]:
-                tokens = (most - state.tokens - state.held, most)
+            state = self._states.get(holder.id) or _State(holder.limits, time)
+            state.move(holder.limits, time)
+            requests_left, tokens_left, _ = state.left()
+            if requests_left < requests[0]:
+                requests = requests_left, holder.limits.requests_per_minute
+            if tokens_left < tokens[0]:
+                tokens = tokens_left, holder.limits.tokens_per_minute
         headers: list[tuple[str, str]] = []
-        for (left, limit), names in ((requests, _REQUEST_HEADERS), (tokens, _TOKEN_HEADERS)):
-            if limit:
-                remaining = int(left + _SLACK) if left > 0 else 0
-                values = (str(limit), str(remaining), duration((limit - left) * WINDOW_S / limit))
-                headers += zip(names, values, strict=True)
+        for (left, limit), (limit_name, remaining_name, reset_name) in (
+            (requests, _REQUEST_HEADERS),
+            (tokens, _TOKEN_HEADERS),
+        ):
+            if limit is not None:
+                headers += (
+                    (limit_name, str(limit)),
+                    (remaining_name, str(int(left + _SLACK) if left > 0 else 0)),
+                    (reset_name, duration((limit - left) * WINDOW_S / limit)),
+                )
         return headers
 
     def _tick(self, now: float) -> float:
@@ -280,12 +265,13 @@ class Limiter:
         found: list[tuple[float, Holder, Kind, int]] = []
         for holder, state in zip(chain, states, strict=True):
             limits = holder.limits
-            if (most := limits.requests_per_minute) is not None and state.requests + 1 > most + _SLACK:
-                found.append(((state.requests + 1 - most) * WINDOW_S / most, holder, Kind.REQUESTS, most))
-            if (most := limits.tokens_per_minute) is not None and state.tokens + state.held + tokens > most + _SLACK:
+            requests_left, tokens_left, slots_left = state.left()
+            if (most := limits.requests_per_minute) is not None and requests_left < 1 - _SLACK:
+                found.append(((1 - requests_left) * WINDOW_S / most, holder, Kind.REQUESTS, most))
+            if (most := limits.tokens_per_minute) is not None and tokens_left < tokens - _SLACK:
                 wait_s = math.inf if tokens > most else state.seconds_to(tokens, most, time)
                 found.append((wait_s, holder, Kind.TOKENS, most))
-            if (most := limits.parallel_calls) is not None and state.running >= most:
+            if (most := limits.parallel_calls) is not None and slots_left < 1:
                 found.append((_SLOT_RETRY_S, holder, Kind.PARALLEL, most))
         wait_s, holder, kind, limit = max(found, key=lambda one: one[0])
         return Refusal(holder, kind, limit, None if math.isinf(wait_s) else max(1, math.ceil(wait_s - _SLACK)))
@@ -307,27 +293,11 @@ def most_completion_tokens(body: Mapping[str, Any]) -> int | None:
     return int(min(most * max(1, choices if type(choices) is int else 1), _MAX_COMPLETION_TOKENS))
 
 
-def _left(taken: float, per_minute: int | None, passed: float) -> float:
-    """How much of what was taken has not flowed back."""
-    if per_minute is None:
-        return 0.0
-    left = taken - passed * per_minute / WINDOW_S
-    return left if left > 0 else 0.0
-
-
-def _scaled(taken: float, before: int | None, after: int | None) -> float:
-    """How much of a bucket of another size takes as long to flow back."""
-    return taken * after / before if before is not None and after is not None else 0.0
-
-
 def duration(seconds: float) -> str:
     """A time as OpenAI writes it: `12ms`, `8.64s`, `6m0s`, `1h0m0s`; rounded up to a millisecond."""
     milliseconds = math.ceil(seconds * 1000 - _SLACK)
     if milliseconds < 60_000:
-        whole, rest = divmod(milliseconds, 1000)
-        if rest == 0:
-            return f"{whole}s"
-        return f"{milliseconds / 1000:g}s" if whole else f"{rest}ms"
+        return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds / 1000:g}s"
     minutes, milliseconds = divmod(milliseconds, 60_000)
     hours, minutes = divmod(minutes, 60)
     told = f"{minutes}m{milliseconds / 1000:g}s"

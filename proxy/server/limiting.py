@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -41,13 +40,14 @@ class Limiting:
             return None
         tokens = body_bytes // BYTES_PER_TOKEN
         if completion_tokens is None:
-            # A small limit is not to refuse every call that does not say it.
-            most = min(holder.limits.tokens_per_minute or math.inf for holder in chain)
-            tokens = max(tokens, int(min(tokens + UNSAID_TOKENS, most)))
-        else:
-            tokens += completion_tokens
-        found = self._limiter.admit(chain, tokens, self._now())
-        told.update(self._limiter.headers(chain, self._now()))
+            completion_tokens = UNSAID_TOKENS
+            for holder in chain:
+                # A small limit is not to refuse every call that does not say it.
+                if (most := holder.limits.tokens_per_minute) is not None and most < tokens + completion_tokens:
+                    completion_tokens = max(0, most - tokens)
+        now = self._now()
+        found = self._limiter.admit(chain, tokens + completion_tokens, now)
+        told.update(self._limiter.headers(chain, now))
         if isinstance(found, Refusal):
             self.refused[found.kind] += 1
             if found.retry_after_s is None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from proxy.chat import NO_BUDGETS, NO_LIMITS, Budgets, Holder, Identity, Limits
 from proxy.errors import ClientError, ConfigError, OverloadedError
-from proxy.policy.keys import ENTROPY_BYTES, hash_of, is_same, make_key, prefix_of
+from proxy.policy.keys import ENTROPY_BYTES, hash_of, is_expired, is_same, make_key, prefix_of
 from proxy.settings import Settings
 from proxy.store import account_rows as rows
 from proxy.store.account_rows import ModelGroup, Organisation, R, Team, VirtualKey
@@ -53,6 +53,7 @@ class Accounts:
         self._teams: dict[str, Team] = {}
         self._keys: dict[str, VirtualKey] = {}
         self._identities: dict[str, Identity] = {}
+        """By the ids of keys that were in use when it was last looked."""
         self._groups: dict[str, ModelGroup] = {}
         self._follow: Callable[[Iterable[ModelGroup]], None] | None = None
         self._aliases = {model.name for model in settings.model}
@@ -93,25 +94,25 @@ class Accounts:
         suspended: only who has the key is told that.
         """
         key = self._keys.get(prefix_of(presented))
-        # Looking it up is cheaper than its checksum. What is no ASCII text cannot be hashed.
-        if key is None or self._secret is None or not presented.isascii():
+        # Looking it up is cheaper than its checksum.
+        if key is None or self._secret is None or not is_same(key.hash, hash_of(presented, self._secret)):
             raise _no_key()
-        if not is_same(key.hash, hash_of(presented, self._secret)):
-            raise _no_key()
+        identity = self._identities.get(key.id)
+        if identity is None or is_expired(key.expires_at, now):
+            identity = self._identities[key.id] = self._admitted(key, now)
+        return identity
+
+    def _admitted(self, key: VirtualKey, now: float) -> Identity:
+        """Whose key this is, if it may be used now; that stays so until it expires or something is changed."""
         status = key.status(now)
         if status == "revoked":
             raise _no_key()
         if status != "active":
             words = "The API key has expired." if status == "expired" else "The API key is suspended."
             raise ClientError(403, f"key_{status}", words)
-        if (identity := self._identities.get(key.id)) is None:
-            identity = self._identities[key.id] = self._identity(key)
-        if self._teams[key.team].is_suspended:
-            raise ClientError(403, "team_suspended", "The team of this API key is suspended.")
-        return identity
-
-    def _identity(self, key: VirtualKey) -> Identity:
         team = self._teams[key.team]
+        if team.is_suspended:
+            raise ClientError(403, "team_suspended", "The team of this API key is suspended.")
         # An id tells a key from a team of that name.
         holders = (
             Holder(f"key {key.id}", "this key", key.limits),

@@ -15,7 +15,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.chat import Identity, Limits
+from proxy.chat import Holder, Identity, Limits
 from proxy.errors import ClientError, ConfigError, OverloadedError
 from proxy.settings import AuthSettings, Settings, StoreSettings
 from proxy.store import db, migrations
@@ -83,9 +83,8 @@ async def test_a_key_tells_all_of_who_asks_and_so_it_does_in_the_next_process(st
     await one.accounts.create(ALPHA._replace(organisation="acme"))
     limits = Limits(parallel_calls=1)
     row, key = await one.accounts.create_key("alpha", "ci", now=NOW, models=("gpt-4*",), limits=limits)
-    expected = Identity(
-        *("acme", "alpha", row.id, "team: alpha", ("gpt-4*",), ("gpt-*", "o3"), limits, Limits(60, None, 4))
-    )
+    holders = Holder(f"key {row.id}", "this key", limits), Holder("team alpha", "team 'alpha'", Limits(60, None, 4))
+    expected = Identity("acme", "alpha", row.id, "team: alpha", ("gpt-4*",), ("gpt-*", "o3"), holders)
     assert one.accounts.identify(key, NOW) == expected
     two = await start()
     assert two.accounts.identify(key, NOW) == expected
