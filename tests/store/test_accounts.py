@@ -92,6 +92,12 @@ async def test_a_key_tells_all_of_who_asks_and_so_it_does_in_the_next_process(st
     assert [team.id for team in two.accounts.teams(None)[0]] == ["alpha", "local"], "one is there from the start"
 
 
+async def test_a_key_that_was_let_in_is_not_when_it_has_expired(start: Start) -> None:
+    one = await start()
+    _, key = await one.accounts.create_key("local", "ci", now=NOW, expires_at=NOW + 10)
+    assert [one.fate(key, NOW + passed) for passed in (0, 9, 10, 11)] == ["local"] * 2 + ["403 key_expired"] * 2
+
+
 async def test_only_the_beginning_of_a_key_is_kept(start: Start, tmp_path: Path) -> None:
     one = await start()
     row, key = await one.accounts.create_key("local", "ci", now=NOW)
