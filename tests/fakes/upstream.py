@@ -99,7 +99,7 @@ class FakeUpstream:
     connections: int = 0
 
     async def __aenter__(self) -> FakeUpstream:
-        self._plays: list[Play] = [stream(role(), text("Hello"), finish())]
+        self._plays: list[Play] = [stream(role(), text("Hello"), finish(), usage())]
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked = asyncio.Condition()
         self.port = 0

@@ -122,6 +122,10 @@ def written(*pieces: bytes, content_type: str = "text/event-stream", coding: str
 ANSWER = (role(), text("Hel"), text("lo ✓ \u2028\u0085"), text("!"), finish())
 NORMAL = b"".join(ANSWER) + DONE
 
+# What upstreams play: they tell their usage as well, which the client has not asked for.
+PLAYED = (*ANSWER, usage())
+SENT = b"".join(PLAYED) + DONE
+
 
 def singly(data: bytes) -> list[bytes]:
     return [data[place : place + 1] for place in range(len(data))]
@@ -132,57 +136,58 @@ def in_several_lines(raw: bytes) -> bytes:
 
 
 def between(separator: bytes) -> bytes:
-    return separator + separator.join([*ANSWER, DONE]) + separator
+    return separator + separator.join([*PLAYED, DONE]) + separator
 
 
 FRAMINGS = {
     # https://github.com/ax-llm/ax/issues/622
-    "lines that end in CRLF": [NORMAL.replace(b"\n", b"\r\n")],
-    "lines that end in CR": [NORMAL.replace(b"\n", b"\r")],
-    "a CRLF cut in two": NORMAL.replace(b"\n", b"\r\n").replace(b"\r", b"\r\x00").split(b"\x00"),
+    "lines that end in CRLF": [SENT.replace(b"\n", b"\r\n")],
+    "lines that end in CR": [SENT.replace(b"\n", b"\r")],
+    "a CRLF cut in two": SENT.replace(b"\n", b"\r\n").replace(b"\r", b"\r\x00").split(b"\x00"),
     "another line end for each event": [
         role().replace(b"\n", b"\r\n"),
         text("Hel").replace(b"\n", b"\r"),
-        *ANSWER[2:4],
+        *PLAYED[2:4],
         finish().replace(b"\n\n", b"\n\r\n"),
+        usage().replace(b"\n\n", b"\r\r\n"),
         DONE.replace(b"\n\n", b"\r\n\n"),
     ],
     # https://github.com/xberg-io/liter-llm/issues/152, https://github.com/fastrepl/anarlog/issues/6872
-    "one byte after the other": singly(NORMAL),
-    "CRLF, one byte after the other": singly(NORMAL.replace(b"\n", b"\r\n")),
+    "one byte after the other": singly(SENT),
+    "CRLF, one byte after the other": singly(SENT.replace(b"\n", b"\r\n")),
     # https://github.com/gatling/gatling/issues/3134
-    "everything in one write": [NORMAL],
-    "two events in a write": [ANSWER[0] + ANSWER[1], ANSWER[2] + ANSWER[3], ANSWER[4] + DONE],
-    "writes that end in the middle of the next event": [NORMAL[:200], NORMAL[200:500], NORMAL[500:]],
+    "everything in one write": [SENT],
+    "two events in a write": [b"".join(PLAYED[:2]), b"".join(PLAYED[2:4]), b"".join(PLAYED[4:]), DONE],
+    "writes that end in the middle of the next event": [SENT[:200], SENT[200:500], SENT[500:]],
     # https://github.com/numman-ali/opencode-openai-codex-auth/issues/96
-    "no space behind the colon": [NORMAL.replace(b"data: ", b"data:")],
-    "an event in several data lines": [in_several_lines(raw) for raw in ANSWER] + [DONE],
+    "no space behind the colon": [SENT.replace(b"data: ", b"data:")],
+    "an event in several data lines": [in_several_lines(raw) for raw in PLAYED] + [DONE],
     # https://github.com/deepnoodle-ai/dive/issues/206
     "comments before, between and behind": [between(b": keep-alive\n\n")],
-    "comments inside of events": [NORMAL.replace(b"data: ", b":\n: hold on\ndata: ")],
+    "comments inside of events": [SENT.replace(b"data: ", b":\n: hold on\ndata: ")],
     # https://github.com/mnfst/llm-gateway/issues/2053: sent on as data, it kills the official Node SDK
-    "OpenRouter's comments while it waits": [b": OPENROUTER PROCESSING\n\n"] * 3 + [*ANSWER, DONE],
+    "OpenRouter's comments while it waits": [b": OPENROUTER PROCESSING\n\n"] * 3 + [*PLAYED, DONE],
     "blank lines in plenty": [between(b"\n\n\n")],
-    "a byte order mark": [b"\xef\xbb\xbf" + NORMAL],
-    "a byte order mark cut in two": [b"\xef", b"\xbb\xbf" + NORMAL],
+    "a byte order mark": [b"\xef\xbb\xbf" + SENT],
+    "a byte order mark cut in two": [b"\xef", b"\xbb\xbf" + SENT],
     # https://github.com/inference-gateway/inference-gateway/issues/578
-    "no blank line behind [DONE]": [NORMAL[:-2]],
+    "no blank line behind [DONE]": [SENT[:-2]],
     "no blank line behind the finish, and no [DONE]": [b"".join(ANSWER)[:-2]],
     "no [DONE]": [b"".join(ANSWER)],
-    "[DONE] twice": [NORMAL + DONE],
-    "events behind [DONE]": [NORMAL, text("ghost"), event({"error": {"message": "late"}})],
-    "events behind [DONE], in the same write": [NORMAL + text("ghost") + b"data: more\n\n"],
+    "[DONE] twice": [SENT + DONE],
+    "events behind [DONE]": [SENT, text("ghost"), event({"error": {"message": "late"}})],
+    "events behind [DONE], in the same write": [SENT + text("ghost") + b"data: more\n\n"],
     # https://github.com/tmc/langchaingo/issues/1366
-    "id, event and retry lines": [NORMAL.replace(b"data: ", b"id: 7\nevent: message\nretry: 10\ndata: ")],
-    "an event line without a name": [NORMAL.replace(b"data: ", b"event:\ndata: ")],
-    "fields that nobody knows": [NORMAL.replace(b"data: ", b"colour: blue\nnothing\ndata: ")],
+    "id, event and retry lines": [SENT.replace(b"data: ", b"id: 7\nevent: message\nretry: 10\ndata: ")],
+    "an event line without a name": [SENT.replace(b"data: ", b"event:\ndata: ")],
+    "fields that nobody knows": [SENT.replace(b"data: ", b"colour: blue\nnothing\ndata: ")],
     "events without data": [between(b"event: ping\n\n"), b"id: 9\n\n"],
     "data lines with nothing in them": [between(b"data:\n\n")],
     # Other gateways end the stream here, though the text around it is good.
-    "malformed JSON in the middle": [*ANSWER[:3], b'data: {"choices": [{"delta"\n\n', *ANSWER[3:], DONE],
-    "JSON that is no object in the middle": [*ANSWER[:3], b"data: 17\n\ndata: null\n\n", *ANSWER[3:], DONE],
-    "raw text in the middle": [*ANSWER[:3], b"data: working on it\n\n", *ANSWER[3:], DONE],
-    "white space around [DONE]": [*ANSWER, b"data:  [DONE] \n\n"],
+    "malformed JSON in the middle": [*PLAYED[:3], b'data: {"choices": [{"delta"\n\n', *PLAYED[3:], DONE],
+    "JSON that is no object in the middle": [*PLAYED[:3], b"data: 17\n\ndata: null\n\n", *PLAYED[3:], DONE],
+    "raw text in the middle": [*PLAYED[:3], b"data: working on it\n\n", *PLAYED[3:], DONE],
+    "white space around [DONE]": [*PLAYED, b"data:  [DONE] \n\n"],
 }
 
 
@@ -200,6 +205,9 @@ async def test_however_the_stream_is_framed_the_client_gets_the_same_bytes(
     assert read_strictly(body).text() == "Hello ✓ \u2028\u0085!"
     row = await proxy.ledger.next()
     assert (row["mode"], row["status"], row["error"]) == ("relay", "ok", None)
+    tells_usage = b'"usage"' in b"".join(pieces)
+    assert row["estimated"] is not tells_usage
+    assert not tells_usage or (row["prompt_tokens"], row["completion_tokens"]) == (7, 2)
 
 
 async def test_a_line_of_a_megabyte_passes_whole(upstream: FakeUpstream, proxy: Proxy) -> None:
@@ -240,7 +248,7 @@ async def test_a_stream_is_known_by_its_bytes_where_its_content_type_does_not_sa
     upstream: FakeUpstream, proxy: Proxy, content_type: str
 ) -> None:
     """https://github.com/vllm-project/vllm-ascend/issues/6985"""
-    upstream.plays(written(*ANSWER, DONE, content_type=content_type))
+    upstream.plays(written(*PLAYED, DONE, content_type=content_type))
 
     assert await proxy.stream() == NORMAL
 
@@ -251,7 +259,7 @@ async def test_a_stream_is_known_by_its_bytes_where_its_content_type_does_not_sa
 async def test_an_unlabelled_stream_is_known_whatever_its_first_line_is(
     upstream: FakeUpstream, proxy: Proxy, first: bytes
 ) -> None:
-    upstream.plays(written(first + NORMAL, content_type="text/plain"))
+    upstream.plays(written(first + SENT, content_type="text/plain"))
 
     assert await proxy.stream() == NORMAL
 
@@ -260,7 +268,7 @@ async def test_an_unlabelled_stream_is_known_whatever_its_first_line_is(
 async def test_an_unlabelled_stream_is_known_when_its_first_line_comes_in_pieces(
     upstream: FakeUpstream, proxy: Proxy, first: bytes
 ) -> None:
-    rest = {b"d": NORMAL[1:], b"dat": NORMAL[3:], b"\xef\xbb": b"\xbf" + NORMAL}.get(first, b"\n\n" + NORMAL)
+    rest = {b"d": SENT[1:], b"dat": SENT[3:], b"\xef\xbb": b"\xbf" + SENT}.get(first, b"\n\n" + SENT)
 
     async def play(request: Received, wire: Wire) -> None:
         await wire.head(content_type="text/plain")
@@ -280,7 +288,7 @@ async def test_a_compressed_stream_is_unpacked_although_none_was_asked_for(
     upstream: FakeUpstream, proxy: Proxy
 ) -> None:
     """https://github.com/rossoctl/cortex/issues/864"""
-    packed = gzip.compress(NORMAL)
+    packed = gzip.compress(SENT)
     upstream.plays(written(packed[:50], packed[50:], coding="gzip"))
 
     async with proxy.chat(stream=True) as response:
@@ -292,9 +300,9 @@ async def test_a_compressed_stream_is_unpacked_although_none_was_asked_for(
 @pytest.mark.parametrize(
     ("coding", "packed"),
     [
-        ("gzip", gzip.compress(NORMAL[:300]) + gzip.compress(NORMAL[300:])),
-        ("x-gzip", gzip.compress(NORMAL)),
-        ("deflate", zlib.compress(NORMAL)),
+        ("gzip", gzip.compress(SENT[:300]) + gzip.compress(SENT[300:])),
+        ("x-gzip", gzip.compress(SENT)),
+        ("deflate", zlib.compress(SENT)),
     ],
     ids=["gzip in two members", "x-gzip", "deflate"],
 )
@@ -342,27 +350,27 @@ def in_the_raw(*pieces: bytes, closes: bool) -> Play:
 
 
 HTTP: dict[str, Play] = {
-    "a body that ends with the connection": in_the_raw(HEAD + b"\r\n", NORMAL, closes=True),
-    "HTTP/1.0": in_the_raw(HEAD.replace(b"1.1", b"1.0") + b"\r\n" + NORMAL, closes=True),
-    "a length": in_the_raw(HEAD + b"content-length: %d\r\n\r\n" % len(NORMAL), NORMAL, closes=False),
+    "a body that ends with the connection": in_the_raw(HEAD + b"\r\n", SENT, closes=True),
+    "HTTP/1.0": in_the_raw(HEAD.replace(b"1.1", b"1.0") + b"\r\n" + SENT, closes=True),
+    "a length": in_the_raw(HEAD + b"content-length: %d\r\n\r\n" % len(SENT), SENT, closes=False),
     "a length, one byte after the other": in_the_raw(
-        *singly(HEAD + b"content-length: %d\r\n\r\n" % len(NORMAL) + NORMAL), closes=False
+        *singly(HEAD + b"content-length: %d\r\n\r\n" % len(SENT) + SENT), closes=False
     ),
-    "chunks that end anywhere": in_the_raw(CHUNKED, in_chunks(NORMAL, 7), b"0\r\n\r\n", closes=False),
+    "chunks that end anywhere": in_the_raw(CHUNKED, in_chunks(SENT, 7), b"0\r\n\r\n", closes=False),
     "chunks, one byte after the other": in_the_raw(
-        *singly(CHUNKED + in_chunks(NORMAL, 100) + b"0\r\n\r\n"), closes=False
+        *singly(CHUNKED + in_chunks(SENT, 100) + b"0\r\n\r\n"), closes=False
     ),
-    "chunks with extensions": in_the_raw(CHUNKED, in_chunks(NORMAL, 99, b";a=b"), b"0\r\n\r\n", closes=False),
-    "chunks with trailers": in_the_raw(CHUNKED, in_chunks(NORMAL, 99), b"0\r\nx-t: 1\r\n\r\n", closes=False),
-    "all in one write": in_the_raw(CHUNKED + in_chunks(NORMAL, 99) + b"0\r\n\r\n", closes=False),
+    "chunks with extensions": in_the_raw(CHUNKED, in_chunks(SENT, 99, b";a=b"), b"0\r\n\r\n", closes=False),
+    "chunks with trailers": in_the_raw(CHUNKED, in_chunks(SENT, 99), b"0\r\nx-t: 1\r\n\r\n", closes=False),
+    "all in one write": in_the_raw(CHUNKED + in_chunks(SENT, 99) + b"0\r\n\r\n", closes=False),
     "early hints": in_the_raw(
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n",
-        CHUNKED + in_chunks(NORMAL, 99) + b"0\r\n\r\n",
+        CHUNKED + in_chunks(SENT, 99) + b"0\r\n\r\n",
         closes=False,
     ),
     "no more requests": in_the_raw(
         CHUNKED.replace(b"chunked", b"chunked\r\nconnection: close"),
-        in_chunks(NORMAL, 99) + b"0\r\n\r\n",
+        in_chunks(SENT, 99) + b"0\r\n\r\n",
         closes=True,
     ),
 }
@@ -406,7 +414,7 @@ async def test_framing_that_can_be_read_in_two_ways_is_refused(
     upstream: FakeUpstream, proxy: Proxy, head: bytes
 ) -> None:
     """RFC 9112 §6.3: what follows might be taken for another answer."""
-    upstream.plays(in_the_raw(HEAD + head + b"\r\n" + in_chunks(NORMAL, 99) + b"0\r\n\r\n", closes=True))
+    upstream.plays(in_the_raw(HEAD + head + b"\r\n" + in_chunks(SENT, 99) + b"0\r\n\r\n", closes=True))
 
     async with asyncio.timeout(10), proxy.chat(stream=True) as response:
         assert response.status == 502
@@ -414,9 +422,9 @@ async def test_framing_that_can_be_read_in_two_ways_is_refused(
 
 async def test_bytes_behind_an_answer_are_not_the_next_answer(upstream: FakeUpstream, proxy: Proxy) -> None:
     smuggled = in_the_raw(
-        CHUNKED + in_chunks(NORMAL, 99) + b"0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nghost", closes=False
+        CHUNKED + in_chunks(SENT, 99) + b"0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nghost", closes=False
     )
-    upstream.plays(smuggled, stream(*ANSWER))
+    upstream.plays(smuggled, stream(*PLAYED))
 
     assert await proxy.stream() == NORMAL
     await proxy.ledger.next()
@@ -726,7 +734,8 @@ CASES = {
 async def test_whatever_the_chunks_are_like_the_client_gets_them_in_normal_form(
     upstream: FakeUpstream, proxy: Proxy, case: Case
 ) -> None:
-    upstream.plays(stream(*case.played))
+    says_of_usage = "estimated" in case.row or b'"usage"' in b"".join(case.played)
+    upstream.plays(stream(*case.played, *(() if says_of_usage else (usage(),))))
 
     seen = read_strictly(await proxy.stream(**case.asked), wants_usage="stream_options" in case.asked)
 
@@ -757,7 +766,7 @@ async def test_members_that_are_not_ours_pass_byte_for_byte(
     upstream: FakeUpstream, proxy: Proxy, delta: dict[str, Any]
 ) -> None:
     events = [role(), chunk(delta, service_tier="default", vendor=[1]), chunk(delta), text("Hi"), finish()]
-    upstream.plays(stream(*events))
+    upstream.plays(stream(*events, usage()))
 
     assert await proxy.stream() == b"".join(events) + DONE
 
@@ -765,7 +774,7 @@ async def test_members_that_are_not_ours_pass_byte_for_byte(
 async def test_log_probabilities_pass_byte_for_byte(upstream: FakeUpstream, proxy: Proxy) -> None:
     probabilities = {"content": [{"token": "Hi", "logprob": -0.25, "bytes": [72, 105], "top_logprobs": []}]}
     events = [role(), chunk(choices=[{**CHOICE, "delta": {"content": "Hi"}, "logprobs": probabilities}]), finish()]
-    upstream.plays(stream(*events))
+    upstream.plays(stream(*events, usage()))
 
     assert await proxy.stream(logprobs=True) == b"".join(events) + DONE
 
@@ -880,7 +889,7 @@ async def test_a_long_stream_that_stays_open_is_folded_for_a_client_that_wants_o
 async def test_a_stream_that_stays_open_behind_done_does_not_hold_up_the_client(
     upstream: FakeUpstream, proxy: Proxy
 ) -> None:
-    upstream.plays(staying_open(*ANSWER, DONE))
+    upstream.plays(staying_open(*PLAYED, DONE))
 
     async with asyncio.timeout(10):
         assert await proxy.stream() == NORMAL
@@ -1128,7 +1137,7 @@ async def test_whatever_can_be_read_is_sent_at_once(upstream: FakeUpstream, prox
         await wire.chunk(role())
         await wire.chunk(chunk({member: "Hm"}))
         await seen.wait()
-        await wire.chunk(text("Hi") + finish() + DONE)
+        await wire.chunk(text("Hi") + finish() + usage() + DONE)
         await wire.end()
 
     upstream.plays(play)
@@ -1148,7 +1157,7 @@ async def test_events_without_meaning_are_not_held_back_for_ever(upstream: FakeU
         await wire.head(content_type="text/event-stream")
         await wire.chunk(role() + chunk() * 100)
         await seen.wait()
-        await wire.chunk(text("Hi") + finish() + DONE)
+        await wire.chunk(text("Hi") + finish() + usage() + DONE)
         await wire.end()
 
     upstream.plays(play)
@@ -1204,7 +1213,7 @@ async def test_a_folded_stream_keeps_every_choice_and_tool_call(upstream: FakeUp
 
 
 async def test_a_folded_stream_with_bytes_that_are_no_utf_8_is_a_body(upstream: FakeUpstream, proxy: Proxy) -> None:
-    upstream.plays(stream(role(), text("caf@").replace(b"@", b"\xc3"), finish()))
+    upstream.plays(stream(role(), text("caf@").replace(b"@", b"\xc3"), finish(), usage()))
 
     assert (await proxy.ask())["choices"][0]["message"]["content"] == "caf\ufffd"
 
