@@ -251,7 +251,7 @@ async def test_of_many_first_calls_none_waits_for_the_whole_answer_of_another(
         if len(upstream.requests) == 10:
             all_there.set()
         await all_there.wait()
-        await wire.chunk(finish() + DONE)
+        await wire.chunk(finish() + usage() + DONE)
         await wire.end()
 
     upstream.plays(play)

@@ -41,8 +41,8 @@ from tests.journeys.test_sloppy_streams import read_strictly
 from tests.journeys.test_slow_clients import Flood, is_same, slow_client
 
 _LONG = 20
-REST = (text(" there"), finish())
-WHOLE = role() + text("Hello") + b"".join(REST) + DONE
+REST = (text(" there"), finish(), usage())
+WHOLE = role() + text("Hello") + text(" there") + finish() + DONE
 USAGE: dict[str, Any] = {"stream_options": {"include_usage": True}}
 
 
@@ -76,16 +76,8 @@ class Paused:
         self._may_go_on.set()
 
 
-class CountedFlood(Flood):
-    """It tells its tokens: counting those of megabytes takes longer than sending them."""
-
-    def __init__(self, megabytes: int) -> None:
-        super().__init__(megabytes)
-        self._events.append(usage())
-
-
 def hello(*after: bytes) -> Paused:
-    """It has said Hello; the rest of WHOLE follows, or what is given."""
+    """It has said Hello; REST follows, or what is given."""
     return Paused(role(), text("Hello"), after=after or REST)
 
 
@@ -316,7 +308,7 @@ async def test_one_model_can_share_where_others_do_not(upstream: FakeUpstream, s
 
 
 async def test_an_answer_that_has_ended_is_not_shared(upstream: FakeUpstream, proxy: Proxy) -> None:
-    upstream.plays(stream(role(), text("One"), finish()), stream(role(), text("Two"), finish()))
+    upstream.plays(*(stream(role(), text(said), finish(), usage()) for said in ("One", "Two")))
     async with clients(proxy, 1) as (client,):
         said = []
         for _ in range(2):
@@ -331,7 +323,7 @@ async def test_an_answer_that_has_its_end_and_waits_for_its_usage_is_not_shared(
 ) -> None:
     """It would be given in full at once, and yet look like one in flight."""
     silence = Silence(role(), text("One"), finish(), DONE)
-    upstream.plays(silence, stream(role(), text("Two"), finish()))
+    upstream.plays(silence, stream(role(), text("Two"), finish(), usage()))
     async with clients(proxy, 2) as (one, other):
         one.send(chat(stream=True))
         assert (await one.answer()).said() == "One"
@@ -343,7 +335,7 @@ async def test_an_answer_that_has_its_end_and_waits_for_its_usage_is_not_shared(
 
 
 async def test_one_body_beside_a_stream(upstream: FakeUpstream, proxy: Proxy) -> None:
-    paused = hello(text(" there"), finish(), usage())
+    paused = hello()
     upstream.plays(paused)
     async with clients(proxy, 2) as (streaming, waiting):
         streaming.send(chat(stream=True))
@@ -527,7 +519,7 @@ async def test_when_all_have_left_the_upstream_is_left_at_once(
     upstream: FakeUpstream, proxy: Proxy, says: tuple[bytes, ...]
 ) -> None:
     silence = Silence(*says, head=bool(says))
-    upstream.plays(silence, stream(role(), text("Anew"), finish()))
+    upstream.plays(silence, stream(role(), text("Anew"), finish(), usage()))
     async with clients(proxy, 4) as (one, two, three, later):
         await ask_all(proxy, [one, two, three])
         await silence.is_heard()
@@ -599,7 +591,7 @@ async def test_a_hundred_come_and_go_and_nothing_is_left(upstream: FakeUpstream,
 
 
 async def test_who_does_not_read_does_not_stall_the_others(upstream: FakeUpstream, proxy: Proxy) -> None:
-    flood = CountedFlood(20)
+    flood = Flood(20)
     upstream.plays(flood)
     async with slow_client(proxy) as slow, clients(proxy, 1) as (brisk,):
         await slow.ask()

@@ -29,6 +29,7 @@ from tests.fakes.upstream import (
     role,
     stream,
     text,
+    usage,
 )
 from tests.journeys.test_sloppy_streams import read_strictly
 
@@ -438,7 +439,7 @@ async def test_a_request_id_that_could_forge_a_line_is_replaced(
 
 
 async def test_every_answer_has_its_own_request_id(upstream: FakeUpstream, proxy: Proxy) -> None:
-    upstream.plays(answer(), stream(role(), text("Hi"), finish()), refuse(400), answer())
+    upstream.plays(answer(), stream(role(), text("Hi"), finish(), usage()), refuse(400), answer())
     ids = []
     for wants_stream in (False, True, False):
         async with proxy.chat(stream=wants_stream) as response:
@@ -458,7 +459,7 @@ async def test_every_answer_has_its_own_request_id(upstream: FakeUpstream, proxy
 async def test_the_next_call_is_served_as_if_nothing_had_been(
     upstream: FakeUpstream, once: Proxy, trouble: Play
 ) -> None:
-    well = stream(role(), text("Hello"), finish())
+    well = stream(role(), text("Hello"), finish(), usage())
 
     async def play(request: Received, wire: Wire) -> None:
         # The same call may come twice, on an old connection and on a new one.

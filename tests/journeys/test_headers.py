@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.conftest import Proxy, Start
-from tests.fakes.upstream import COMPLETION, FakeUpstream, Received, Wire, answer, finish, role, stream, text
+from tests.fakes.upstream import COMPLETION, FakeUpstream, Received, Wire, answer, finish, role, stream, text, usage
 
 CREDENTIALS = {
     "Authorization": "Bearer client-secret",
@@ -121,7 +121,7 @@ async def test_what_the_upstream_says_of_limits_reaches_the_client_and_its_own_a
             keep_alive="timeout=5",
             alt_svc="h3",
         )
-        await wire.chunk(role() + text("Hi") + finish() + b"data: [DONE]\n\n")
+        await wire.chunk(role() + text("Hi") + finish() + usage() + b"data: [DONE]\n\n")
         await wire.end()
 
     upstream.plays(play)
@@ -140,7 +140,7 @@ async def test_what_the_upstream_says_of_limits_reaches_the_client_and_its_own_a
 
 async def test_a_stream_needs_no_chunks_for_a_client_of_http_1_0(upstream: FakeUpstream, proxy: Proxy) -> None:
     """An old client, or nginx without `proxy_http_version 1.1`: the stream ends with the connection."""
-    upstream.plays(stream(role(), text("Hi"), finish()))
+    upstream.plays(stream(role(), text("Hi"), finish(), usage()))
     body = b'{"model":"model-a","messages":[{"role":"user","content":"Hi"}],"stream":true}'
     port = int(proxy.base.split(":")[2].split("/")[0])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -160,7 +160,7 @@ async def test_a_stream_needs_no_chunks_for_a_client_of_http_1_0(upstream: FakeU
 
 
 async def test_two_calls_on_one_connection_do_not_mix(upstream: FakeUpstream, proxy: Proxy) -> None:
-    upstream.plays(stream(role(), text("Hi"), finish()), answer())
+    upstream.plays(stream(role(), text("Hi"), finish(), usage()), answer())
 
     assert (await proxy.stream()).endswith(b"data: [DONE]\n\n")
     assert await proxy.ask() == COMPLETION

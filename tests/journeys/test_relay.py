@@ -32,7 +32,7 @@ async def test_each_event_is_passed_on_before_the_next_one_exists(upstream: Fake
             await wire.chunk(text(f"word {number} "))
             await seen.wait()
             seen.clear()
-        await wire.chunk(finish() + DONE)
+        await wire.chunk(finish() + usage() + DONE)
         await wire.end()
 
     upstream.plays(play)

@@ -39,7 +39,6 @@ from tests.fakes.upstream import (
 from tests.journeys.test_coalescing import (
     USAGE,
     WHOLE,
-    CountedFlood,
     Paused,
     breaks,
     clients,
@@ -50,12 +49,13 @@ from tests.journeys.test_coalescing import (
 )
 from tests.journeys.test_shutdown import _stopping as stopping_proxy
 from tests.journeys.test_sloppy_streams import read_strictly
-from tests.journeys.test_slow_clients import is_same, slow_client
+from tests.journeys.test_slow_clients import Flood, is_same, slow_client
 
 _LONG = 30
 ID = "chatcmpl-up"
 KEPT: dict[str, Any] = {"resume_window_s": 60}
 EVENTS = [role(), text("Hello"), text(" there"), finish(), DONE]
+PLAYED = [*EVENTS[:-1], usage()]
 FAR = 10**8
 
 
@@ -133,7 +133,7 @@ def ids_in(body: bytes) -> set[str]:
 
 @pytest.mark.parametrize("k", [2, 3, 4])
 async def test_cut_in_mid_answer_and_read_on_while_it_runs(upstream: FakeUpstream, start: Start, k: int) -> None:
-    paused = Paused(*EVENTS[:k], after=tuple(EVENTS[k:-1]))
+    paused = Paused(*EVENTS[:k], after=tuple(PLAYED[k:]))
     upstream.plays(paused)
     proxy = await start(streaming=KEPT)
     async with clients(proxy, 2) as (client, again):
@@ -176,7 +176,7 @@ async def test_the_answer_goes_on_while_nobody_reads(upstream: FakeUpstream, sta
 async def test_it_can_be_read_on_from_anywhere_once_it_has_ended(
     upstream: FakeUpstream, start: Start, writes: int, wishes: dict[str, Any]
 ) -> None:
-    events = [*EVENTS[:-1], usage(), DONE]
+    events = [*PLAYED, DONE]
     pieces = [b"".join(events[place : place + writes]) for place in range(0, len(events), writes)]
     upstream.plays(stream(*pieces, done=False))
     proxy = await start(streaming=KEPT)
@@ -196,7 +196,7 @@ async def test_it_can_be_read_on_from_anywhere_once_it_has_ended(
 
 async def test_a_browser_says_in_a_header_where_it_is(upstream: FakeUpstream, start: Start) -> None:
     proxy = await start(streaming=KEPT)
-    upstream.plays(stream(*EVENTS[:-1]))
+    upstream.plays(stream(*PLAYED))
     await proxy.stream()
     for after in (None, 0, 1, 4, FAR):
         rest = await read_on(proxy, ID, after, "Last-Event-ID: 2")
@@ -268,7 +268,7 @@ async def test_those_who_share_an_answer_may_both_come_back(upstream: FakeUpstre
 
 
 async def test_who_reads_on_slowly_has_it_all_in_the_end(upstream: FakeUpstream, start: Start) -> None:
-    flood = CountedFlood(16)
+    flood = Flood(16)
     upstream.plays(flood)
     proxy = await start(streaming=KEPT)
     async with clients(proxy, 1) as (slow,):
@@ -281,7 +281,7 @@ async def test_who_reads_on_slowly_has_it_all_in_the_end(upstream: FakeUpstream,
 async def test_the_upstream_does_not_wait_for_a_client_that_was_slow_and_is_gone(
     upstream: FakeUpstream, start: Start
 ) -> None:
-    flood = CountedFlood(20)
+    flood = Flood(20)
     upstream.plays(flood)
     proxy = await start(streaming=KEPT)
     async with slow_client(proxy) as slow:
@@ -317,7 +317,7 @@ async def test_heartbeats_have_no_number(upstream: FakeUpstream, start: Start) -
 
 async def test_one_body_can_be_read_as_a_stream(upstream: FakeUpstream, start: Start) -> None:
     paused = Paused(after=answer())
-    upstream.plays(paused, stream(*EVENTS[:-1]))
+    upstream.plays(paused, stream(*PLAYED))
     proxy = await start(streaming=KEPT)
     async with clients(proxy, 2) as (waiting, reading):
         waiting.send(chat("Hi", "x-request-id: mine"))
@@ -372,7 +372,7 @@ async def test_what_failed_before_the_first_byte_is_a_status_again(upstream: Fak
 
 async def test_a_saved_answer_is_one_answer(upstream: FakeUpstream, start: Start) -> None:
     paused = Paused(role(), text("Hello"), after=breaks)
-    upstream.plays(paused, stream(*EVENTS[:-1]))
+    upstream.plays(paused, stream(*PLAYED))
     proxy = await start(streaming=KEPT)
     async with clients(proxy, 1) as (client,):
         client.send(chat(stream=True))
@@ -389,7 +389,7 @@ async def test_a_saved_answer_is_one_answer(upstream: FakeUpstream, start: Start
 
 
 async def test_a_stranger_does_not_find_it(upstream: FakeUpstream, start: Start) -> None:
-    upstream.plays(stream(*EVENTS[:-1]))
+    upstream.plays(stream(*PLAYED))
     proxy = await start(streaming=KEPT)
     key = "Authorization: Bearer sk-mine"
     async with clients(proxy, 1) as (client,):
@@ -454,7 +454,7 @@ async def test_the_address_may_be_percent_encoded_and_is_for_reading_only(upstre
 NAMELESS = stream(*(chunk({"content": "Hello"}, id=None, finish_reason=why) for why in (None, "stop")))
 
 
-@pytest.mark.parametrize("play", [stream(*EVENTS[:-1]), NAMELESS, answer()], ids=["stream", "no id", "one body"])
+@pytest.mark.parametrize("play", [stream(*PLAYED), NAMELESS, answer()], ids=["stream", "no id", "one body"])
 @pytest.mark.parametrize("streaming", [KEPT, {}], ids=["kept", "not kept"])
 async def test_the_id_in_the_header_is_the_answers_own(
     upstream: FakeUpstream, start: Start, play: Play, streaming: dict[str, Any]
@@ -471,7 +471,7 @@ async def test_the_id_in_the_header_is_the_answers_own(
 async def test_answers_to_which_the_upstream_gives_one_id_get_their_own(
     upstream: FakeUpstream, start: Start, streams: bool
 ) -> None:
-    whole = answer() if not streams else stream(*EVENTS[:-1], usage())
+    whole = answer() if not streams else stream(*PLAYED)
     upstream.plays(whole)
     proxy = await start(streaming=KEPT)
     names = []
@@ -492,7 +492,7 @@ async def test_a_client_that_gives_all_its_requests_one_id_finds_each_answer(
     names = []
     async with clients(proxy, 1) as (client,):
         for number in range(3):
-            upstream.plays(stream(role(), text(str(number)), finish()))
+            upstream.plays(stream(role(), text(str(number)), finish(), usage()))
             client.send(chat("Hi", "x-request-id: mine", stream=True))
             answer_ = await client.answer()
             names.append(answer_.headers["x-headwater-stream"])
@@ -502,7 +502,7 @@ async def test_a_client_that_gives_all_its_requests_one_id_finds_each_answer(
 
 
 async def test_an_id_that_was_told_with_a_heartbeat_stays(upstream: FakeUpstream, start: Start) -> None:
-    paused = Paused(after=tuple(EVENTS[:-1]))
+    paused = Paused(after=tuple(PLAYED))
     upstream.plays(paused)
     proxy = await start(streaming=KEPT | {"heartbeat_interval_s": 0.05})
     async with clients(proxy, 2) as (client, again):
@@ -521,7 +521,7 @@ async def test_an_id_that_was_told_with_a_heartbeat_stays(upstream: FakeUpstream
 # ---------------------------------------------------------------------- for how long
 
 
-@pytest.mark.parametrize("play", [stream(*EVENTS[:-1]), NAMELESS], ids=["named", "nameless"])
+@pytest.mark.parametrize("play", [stream(*PLAYED), NAMELESS], ids=["named", "nameless"])
 async def test_after_the_window_it_is_forgotten(upstream: FakeUpstream, start: Start, play: Play) -> None:
     upstream.plays(play)
     proxy = await start(streaming={"resume_window_s": 0.3})
@@ -538,7 +538,7 @@ async def test_an_answer_that_took_two_attempts_is_forgotten_as_well(upstream: F
     """Both gave their id, and it was the same."""
     broken = Paused(role(), text("Hello"), after=breaks)
     broken.go_on()
-    upstream.plays(broken, stream(*EVENTS[:-1]))
+    upstream.plays(broken, stream(*PLAYED))
     proxy = await start(streaming={"resume_window_s": 0.2})
     assert (await proxy.ask())["id"] == ID
     await is_forgotten(proxy)

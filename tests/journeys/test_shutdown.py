@@ -29,6 +29,7 @@ from tests.fakes.upstream import (
     role,
     stream,
     text,
+    usage,
 )
 from tests.journeys.test_slow_clients import is_same, slow_client
 from tests.test_command import command
@@ -108,7 +109,7 @@ class Held:
         await wire.head(content_type="text/event-stream")
         await wire.chunk(role() + text("Hello"))
         await self.may_end.wait()
-        await wire.chunk(text(" there") + finish())
+        await wire.chunk(text(" there") + finish() + usage())
         await wire.chunk(DONE)
         await wire.end()
 
@@ -340,7 +341,7 @@ async def test_a_database_of_a_stopped_proxy_is_whole(tmp_path: Path, upstream: 
         stopping.stop()
         await stopping.has_stopped()
     upstream.requests.clear()
-    upstream.plays(stream(role(), text("Hello"), finish()), answer())
+    upstream.plays(stream(role(), text("Hello"), finish(), usage()), answer())
     async with _stopping(settings) as stopping:
         status, known = await _status(stopping.proxy, "/admin/capabilities")
         assert status == 200

@@ -26,6 +26,7 @@ from tests.fakes.upstream import (
     role,
     stream,
     text,
+    usage,
 )
 
 _LONG = 40
@@ -88,7 +89,10 @@ def is_same(one: bytes | str, other: bytes | str) -> bool:
 
 
 class Flood:
-    """A stream of that many megabytes, as fast as it is taken. `sent` counts the bytes that were."""
+    """A stream of that many megabytes, as fast as it is taken. `sent` counts the bytes that were.
+
+    It tells its tokens, when it comes to that: counting those of megabytes takes longer than sending them.
+    """
 
     def __init__(self, megabytes: int) -> None:
         self._events = [text(f"{number:06} {_WORDS}") for number in range(megabytes * 16)]
@@ -99,7 +103,7 @@ class Flood:
         connection = wire.writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         await wire.head(content_type="text/event-stream")
-        for data in [role(), *self._events, finish(), DONE]:
+        for data in [role(), *self._events, finish(), usage(), DONE]:
             await wire.chunk(data)
             self.sent += len(data)
         await wire.end()
@@ -130,7 +134,7 @@ async def test_a_client_that_reads_nothing_stops_the_upstream_and_is_dropped_in_
 
 async def test_other_clients_are_served_while_one_reads_nothing(upstream: FakeUpstream, proxy: Proxy) -> None:
     flood = Flood(60)
-    upstream.plays(flood, stream(role(), text("Hello"), finish()))
+    upstream.plays(flood, stream(role(), text("Hello"), finish(), usage()))
     async with slow_client(proxy) as client:
         await client.ask()
         async with asyncio.timeout(_LONG):
@@ -145,7 +149,7 @@ async def test_no_limit_of_the_upstream_runs_while_the_client_is_waited_for(
     start: Start, upstream: FakeUpstream
 ) -> None:
     """The client reads nothing for several times the idle timeout, and then everything."""
-    flood = Flood(30)
+    flood = Flood(20)
 
     async def slow_answer(request: Received, wire: Wire) -> None:
         await pause(1.5)
@@ -166,7 +170,7 @@ async def test_no_limit_of_the_upstream_runs_while_the_client_is_waited_for(
 
 async def test_behind_a_slow_client_the_idle_timer_starts_anew(start: Start, upstream: FakeUpstream) -> None:
     """What the client could not take yet is no silence; what the upstream does not say afterwards is."""
-    events = [text(f"{number:06} {_WORDS}") for number in range(30 * 16)]
+    events = [text(f"{number:06} {_WORDS}") for number in range(20 * 16)]
     silence = Silence(role(), *events)
     upstream.plays(silence)
     proxy = await start(streaming={"idle_timeout_s": 0.4})

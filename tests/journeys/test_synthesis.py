@@ -22,6 +22,7 @@ from tests.fakes.upstream import (
     role,
     stream,
     text,
+    usage,
 )
 from tests.journeys.test_sloppy_streams import ASKED, read_strictly
 
@@ -314,7 +315,7 @@ async def test_pings_come_between_the_events_of_a_stream_that_pauses(upstream: F
         await wire.head(content_type="text/event-stream")
         await wire.chunk(role() + text("Hel") + text("lo")[:30])
         await heard.wait()
-        await wire.chunk(text("lo")[30:] + finish() + DONE)
+        await wire.chunk(text("lo")[30:] + finish() + usage() + DONE)
         await wire.end()
 
     upstream.plays(play)
@@ -402,7 +403,7 @@ async def test_an_upstream_that_always_streams_is_asked_to_whatever_was_learned(
     upstream: FakeUpstream, start: Start
 ) -> None:
     proxy = await start(more='stream = "always"')
-    upstream.plays(answer(), stream(role(), text("Hi"), finish()))
+    upstream.plays(answer(), stream(role(), text("Hi"), finish(), usage()))
 
     assert read_strictly(await proxy.stream()).text() == TEXT
     assert read_strictly(await proxy.stream()).text() == "Hi"

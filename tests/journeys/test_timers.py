@@ -177,7 +177,7 @@ async def test_comments_are_no_first_token(start: Start, upstream: FakeUpstream)
 
 async def test_the_next_target_is_asked_when_one_stays_silent(start: Start, upstream: FakeUpstream) -> None:
     silence = Silence()
-    upstream.plays(silence, stream(role(), text("Second"), finish()))
+    upstream.plays(silence, stream(role(), text("Second"), finish(), usage()))
     alias = '[[model]]\nname = "alias"\ntargets = ["up/model-a", "up/model-b"]'
     proxy = await start(more=alias, streaming={"first_token_timeout_s": 0.3})
 
@@ -201,7 +201,7 @@ async def test_a_limit_that_is_over_does_not_also_end_the_wait_for_the_next_targ
 
     async with FakeUpstream() as second:
         upstream.plays(mute)
-        second.plays(Silence(head=False), stream(role(), text("Second"), finish()))
+        second.plays(Silence(head=False), stream(role(), text("Second"), finish(), usage()))
         alias = '[[model]]\nname = "alias"\ntargets = ["up/model-a", "up2/model-a"]'
         proxy = await start(upstream.url, second.url, more=alias, streaming={"first_token_timeout_s": 0.6})
         waiting = asyncio.create_task(proxy.stream(model="alias"))
@@ -237,7 +237,7 @@ async def test_silence_in_mid_answer_ends_in_an_error_event(start: Start, upstre
 
 
 async def test_the_next_call_after_a_stalled_one_is_answered(start: Start, upstream: FakeUpstream) -> None:
-    upstream.plays(Silence(role(), text("Hel")), stream(role(), text("Hello"), finish()))
+    upstream.plays(Silence(role(), text("Hel")), stream(role(), text("Hello"), finish(), usage()))
     proxy = await start(streaming={"idle_timeout_s": 0.2, "recovery": "off"})
 
     assert _error_event(await proxy.stream())["code"] == "idle_timeout"
@@ -442,7 +442,7 @@ async def test_pings_fill_a_silence_in_mid_answer_but_never_stand_inside_an_even
         await wire.chunk(role() + text("Hello, "))
         await wire.chunk(halves[0])
         await may_go_on.wait()
-        await wire.chunk(halves[1] + finish())
+        await wire.chunk(halves[1] + finish() + usage())
         await wire.chunk(DONE)
         await wire.end()
 
@@ -513,7 +513,7 @@ async def test_the_next_target_is_asked_also_behind_a_ping(start: Start, upstrea
         await may_refuse.wait()
         await refuse(404)(request, wire)
 
-    upstream.plays(play, stream(role(), text("Second"), finish()))
+    upstream.plays(play, stream(role(), text("Second"), finish(), usage()))
     alias = '[[model]]\nname = "alias"\ntargets = ["up/model-a", "up/model-b"]'
     proxy = await start(more=alias, streaming={"heartbeat_interval_s": 0.05})
     async with proxy.chat(model="alias", stream=True) as response:
@@ -543,7 +543,7 @@ async def test_an_interval_of_0_means_no_pings(start: Start, upstream: FakeUpstr
         await wire.head(content_type="text/event-stream")
         await wire.chunk(role() + text("Hello"))
         await pause(0.3)
-        await wire.chunk(finish() + DONE)
+        await wire.chunk(finish() + usage() + DONE)
         await wire.end()
 
     upstream.plays(play)

@@ -16,7 +16,7 @@ import pytest
 from proxy.chat import Mode, Outcome, Status, Target, Usage
 from proxy.server.accesslog import AccessLog
 from tests.conftest import Proxy
-from tests.fakes.upstream import FakeUpstream, answer, finish, refuse, role, stream, text
+from tests.fakes.upstream import FakeUpstream, answer, finish, refuse, role, stream, text, usage
 
 _LONG = 20
 
@@ -240,7 +240,7 @@ async def test_nothing_comes_after_the_end() -> None:
 
 
 async def test_every_request_to_v1_has_one_line_and_no_other_has(upstream: FakeUpstream, proxy: Proxy) -> None:
-    upstream.plays(stream(role(), text("Hello"), finish()), refuse(400, "messages", "Nope", "bad_messages"))
+    upstream.plays(stream(role(), text("Hello"), finish(), usage()), refuse(400, "messages", "Nope", "bad_messages"))
     await proxy.stream()
     for path in ("/health", "/ready", "/admin/capabilities", "/favicon.ico"):
         async with proxy.get(path):

@@ -174,7 +174,7 @@ async def test_streams_that_break_midway_are_saved_or_lost(
 ) -> None:
     proxy = await start(upstream.url, second.url, more=BOTH)
     upstream.plays(cut("a reset"), cut("a reset"))
-    second.plays(HELLO, stream(role(), text("Something else"), finish()))
+    second.plays(HELLO, stream(role(), text("Something else"), finish(), usage()))
 
     saved = read_strictly(await proxy.stream(model="fast"))
     assert (saved.text(), saved.error) == ("Hello", None)
