@@ -1,25 +1,29 @@
 """The command, as a process of its own: what it prints, what it exits with, and what it leaves behind.
 
 Every process runs with warnings as errors, in a directory of its own, and without the provider keys of whoever runs
-the tests.
+the tests. To start one takes a second of work: a command that says what is wrong, or what the settings are, and ends
+before it opens or asks anything, is called here (`told`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
 import pytest
 
+from proxy.__main__ import main
 from proxy.upstream.discovery import PROVIDERS
 from tests.fakes.upstream import DONE, FakeUpstream, Received, Wire, answer, finish, refuse, role, stream, text
 
@@ -68,19 +72,23 @@ class Command:
         return (await self.line("headwater listening on ")).removeprefix("headwater listening on ")
 
 
-@asynccontextmanager
-async def command(directory: Path, *arguments: str, **environ: str) -> AsyncIterator[Command]:
-    """`headwater ARGUMENTS` in `directory`; killed at the end of the block if it still runs."""
-    kept = {
+def _kept() -> dict[str, str]:
+    """The environment, without what would be settings."""
+    return {
         name: value
         for name, value in os.environ.items()
         if name not in _NOT_FOR_THE_CHILD and not name.startswith("HEADWATER_")
     }
+
+
+@asynccontextmanager
+async def command(directory: Path, *arguments: str, **environ: str) -> AsyncIterator[Command]:
+    """`headwater ARGUMENTS` in `directory`; killed at the end of the block if it still runs."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "error", "-m", "proxy", *arguments),
         cwd=directory,
         env={
-            **kept,
+            **_kept(),
             "PYTHONPATH": str(_ROOT),
             "HEADWATER_STORE__PATH": str(directory / "headwater.db"),
             **environ,
@@ -106,6 +114,28 @@ async def run(directory: Path, *arguments: str, **environ: str) -> tuple[int, st
             out, error = await running.process.communicate()
         assert running.process.returncode is not None
         return running.process.returncode, out.decode(), error.decode()
+
+
+Told = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Told]:
+    """Exit code, standard output and standard error of a command, called in this process, in the test's directory."""
+    log = logging.getLogger("proxy")
+    level = log.level
+
+    def call(*arguments: str, **environ: str) -> tuple[int, str, str]:
+        with patch.dict(os.environ, _kept() | environ, clear=True):
+            try:
+                code = main(arguments)
+            except SystemExit as end:  # argparse's own
+                code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    yield call
+    log.setLevel(level)
 
 
 async def ask(base: str, **members: Any) -> bytes:
@@ -178,7 +208,7 @@ async def test_the_curl_line_that_is_printed_works(tmp_path: Path, upstream: Fak
 
 
 async def test_the_config_file_is_found_in_the_directory_and_named_by_the_environment(
-    tmp_path: Path, upstream: FakeUpstream
+    tmp_path: Path, upstream: FakeUpstream, told: Told
 ) -> None:
     text_of_file = f'[server]\nport = 0\n[[upstream]]\nname = "found"\nbase_url = "{upstream.url}"\n'
     (tmp_path / "config").mkdir()
@@ -186,8 +216,7 @@ async def test_the_config_file_is_found_in_the_directory_and_named_by_the_enviro
     (tmp_path / "other.toml").write_text(text_of_file.replace("found", "named"))
     async with command(tmp_path, "serve") as running:
         assert (await running.line("  upstream")).startswith("  upstream found: ")
-    async with command(tmp_path, "serve", HEADWATER_CONFIG="other.toml") as running:
-        assert (await running.line("  upstream")).startswith("  upstream named: ")
+    assert "\n  upstream named: " in told("check", HEADWATER_CONFIG="other.toml")[1]
 
 
 async def test_with_nothing_configured_there_is_something_to_try(tmp_path: Path) -> None:
@@ -230,7 +259,7 @@ async def test_a_key_in_the_environment_is_enough(tmp_path: Path) -> None:
     )
 
 
-async def test_credentials_are_never_printed(tmp_path: Path) -> None:
+async def test_credentials_are_never_printed(tmp_path: Path, told: Told) -> None:
     """Not those in a URL, not a key, not on standard error when nobody answers."""
     secrets = ("user-name", "pass-word", "sk-very-secret")
     url = "http://user-name:pass-word@127.0.0.1:9/v1"
@@ -250,16 +279,16 @@ async def test_credentials_are_never_printed(tmp_path: Path) -> None:
                     said += await response.text()
             running.process.send_signal(signal.SIGTERM)
             said += await running.rest() + await running.stderr()
-        code, out, error = await run(tmp_path, "check", *arguments, UP_KEY="sk-very-secret")
+        code, out, error = told("check", *arguments, UP_KEY="sk-very-secret")
         assert code == 0
         assert "127.0.0.1:9" in out
         for secret in secrets:
             assert secret not in said + out + error
 
 
-async def test_credentials_are_not_printed_with_what_is_wrong_about_them(tmp_path: Path) -> None:
+def test_credentials_are_not_printed_with_what_is_wrong_about_them(told: Told) -> None:
     for url in ("http://user-name:pass-word@/v1", "http://user-name:pass-word@127.0.0.1:9/v1?key=query-key"):
-        _, out, error = await run(tmp_path, "check", "--upstream", url)
+        _, out, error = told("check", "--upstream", url)
         for secret in ("user-name", "pass-word", "query-key"):
             assert secret not in out + error
 
@@ -285,22 +314,22 @@ async def test_a_database_that_cannot_be_used_is_said_in_one_line(tmp_path: Path
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "eighty", ""])
-async def test_a_bad_port_is_refused(tmp_path: Path, port: str) -> None:
-    code, out, error = await run(tmp_path, "serve", "--upstream", "http://127.0.0.1:9/v1", f"--port={port}")
+def test_a_bad_port_is_refused(told: Told, port: str) -> None:
+    code, out, error = told("serve", "--upstream", "http://127.0.0.1:9/v1", f"--port={port}")
     assert (code, out) == (2, "")
     assert "--port" in error
     assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("arguments", [["serve", "--prot", "0"], ["dance"], [], ["check", "--port", "1"], ["keys"]])
-async def test_what_is_not_known_is_refused(tmp_path: Path, arguments: list[str]) -> None:
-    code, out, error = await run(tmp_path, *arguments)
+def test_what_is_not_known_is_refused(told: Told, arguments: list[str]) -> None:
+    code, out, error = told(*arguments)
     assert (code, out) == (2, "")
     assert error.startswith("usage: headwater")
 
 
-async def test_an_address_that_others_can_reach_is_refused(tmp_path: Path, upstream: FakeUpstream) -> None:
-    code, _, error = await run(tmp_path, "serve", "--upstream", upstream.url, "--host", "0.0.0.0", "--port", "0")
+def test_an_address_that_others_can_reach_is_refused(told: Told) -> None:
+    code, _, error = told("serve", "--upstream", "http://127.0.0.1:9/v1", "--host", "0.0.0.0", "--port", "0")
     assert code == 2
     assert "callers are not authenticated" in error
 
@@ -308,8 +337,8 @@ async def test_an_address_that_others_can_reach_is_refused(tmp_path: Path, upstr
 @pytest.mark.parametrize(
     "url", ["api.openai.com/v1", "ftp://127.0.0.1/v1", "http://", "http://[::1/v1", "http://a:b/v1"]
 )
-async def test_an_upstream_that_is_no_url_is_refused(tmp_path: Path, url: str) -> None:
-    code, out, error = await run(tmp_path, "check", "--upstream", url)
+def test_an_upstream_that_is_no_url_is_refused(told: Told, url: str) -> None:
+    code, out, error = told("check", "--upstream", url)
     assert (code, out) == (2, "")
     assert error.startswith("headwater: ")
     assert "Traceback" not in error
@@ -373,14 +402,14 @@ async def test_check_shows_what_the_settings_say(tmp_path: Path) -> None:
     )
 
 
-async def test_check_shows_the_way_to_each_upstream(tmp_path: Path) -> None:
+def test_check_shows_the_way_to_each_upstream(tmp_path: Path, told: Told) -> None:
     (tmp_path / "h.toml").write_text(
         '[[upstream]]\nname = "far"\nbase_url = "https://up.example/v1"\n'
         '[[upstream]]\nname = "near"\nbase_url = "https://lab.example/v1"\n'
         '[[upstream]]\nname = "local"\nbase_url = "http://localhost/v1"\nunix_socket = "/run/llama.sock"\n'
     )
     environ = {"HTTPS_PROXY": "http://me:secret@proxy.example:3128", "NO_PROXY": "lab.example"}
-    code, out, error = await run(tmp_path, "check", "--config", "h.toml", **environ)
+    code, out, error = told("check", "--config", "h.toml", **environ)
     assert (code, error) == (0, "")
     assert out == (
         "headwater: the settings are good\n"
@@ -390,19 +419,19 @@ async def test_check_shows_the_way_to_each_upstream(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["check", "serve", "probe"])
-async def test_files_that_cannot_be_used_are_named_before_anything_is_asked(tmp_path: Path, command: str) -> None:
+async def test_files_that_cannot_be_used_are_named_before_anything_is_asked(tmp_path: Path, told: Told) -> None:
     (tmp_path / "h.toml").write_text(
         "[server]\nport = 0\n"
         '[[upstream]]\nname = "a"\nbase_url = "https://up.example/v1"\nca_file = "missing.pem"\n'
         '[[upstream]]\nname = "b"\nbase_url = "https://up.example/v1"\nclient_cert_file = "h.toml"\n'
     )
-    code, out, error = await run(tmp_path, command, "--config", "h.toml")
-    assert (code, out) == (2, "")
-    assert error == (
+    error = (
         "headwater: upstream 'a': ca_file: missing.pem cannot be read: No such file or directory\n"
         "headwater: upstream 'b': client_cert_file: h.toml and h.toml hold no certificate and key in PEM form\n"
     )
+    assert told("check", "--config", "h.toml") == (2, "", error)
+    for name in ("serve", "probe"):
+        assert await run(tmp_path, name, "--config", "h.toml") == (2, "", error)
 
 
 async def test_check_says_everything_that_is_wrong_at_once(tmp_path: Path) -> None:
@@ -432,16 +461,16 @@ async def test_check_says_everything_that_is_wrong_at_once(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("words", ["port = = 1", '[server]\nport = "\xff'])
-async def test_check_names_a_file_that_is_no_toml(tmp_path: Path, words: str) -> None:
+def test_check_names_a_file_that_is_no_toml(tmp_path: Path, told: Told, words: str) -> None:
     (tmp_path / "h.toml").write_bytes(words.encode("latin-1"))
-    code, _, error = await run(tmp_path, "check", "--config", "h.toml")
+    code, _, error = told("check", "--config", "h.toml")
     assert code == 2
     assert error.startswith("headwater: h.toml: is not valid TOML: ")
     assert error.count("\n") == 1
 
 
-async def test_check_names_a_file_that_is_not_there(tmp_path: Path) -> None:
-    code, _, error = await run(tmp_path, "check", "--config", "h.toml")
+def test_check_names_a_file_that_is_not_there(told: Told) -> None:
+    code, _, error = told("check", "--config", "h.toml")
     assert (code, error) == (2, "headwater: h.toml: cannot be read: No such file or directory\n")
 
 
