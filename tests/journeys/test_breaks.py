@@ -16,11 +16,11 @@ import pytest
 
 from tests.conftest import Proxy, Start
 from tests.fakes.client import Answer, Client, chat
-from tests.fakes.upstream import COMPLETION, DONE, FakeUpstream, Received, Wire, chunk, finish, role, text, usage
+from tests.fakes.upstream import COMPLETION, DONE, FakeUpstream, Received, Wire, finish, role, text, usage
 
 _AT_ONCE = 32
 
-_EVENTS = [role(), text("The sea"), text(" – das Meer – "), text("海"), chunk({"content": "."}), finish()]
+_EVENTS = [role(), text("The sea – das Meer – "), text("海."), finish()]
 _BODY = b"".join(_EVENTS) + usage() + DONE
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nServer: x\r\n"
 

@@ -15,7 +15,6 @@ from tests.conftest import Proxy, Start
 from tests.fakes.client import Answer, Client, chat
 from tests.fakes.upstream import COMPLETION, DONE, FakeUpstream, Received, Wire, echo, finish, role, text, usage
 
-_ONE_AFTER_THE_OTHER = 10_000
 _AT_ONCE = 2_000
 
 _HABITS = {"plain": 12, "pieces": 4, "says close": 1, "closes": 1, "resets": 1, "is stale": 1, "fails": 1}
@@ -26,6 +25,21 @@ def _wishes(count: int, seed: int) -> list[tuple[str, bool]]:
     random = Random(seed)
     habits = random.choices(list(_HABITS), list(_HABITS.values()), k=count)
     return [(f"{habit} {number:05d} {random.random()}", random.random() < 0.5) for number, habit in enumerate(habits)]
+
+
+def _every_three_in_a_row() -> list[tuple[str, bool]]:
+    """Such wishes in an order in which any three kinds of them follow each other somewhere, and only once.
+
+    A de Bruijn sequence, made by always taking the last kind that makes a new three
+    (https://en.wikipedia.org/wiki/De_Bruijn_sequence).
+    """
+    kinds = [(habit, wants_stream) for habit in _HABITS for wants_stream in (False, True)]
+    order = [kinds[0]] * 3
+    seen = {tuple(order)}
+    while new := [three for kind in kinds if (three := (*order[-2:], kind)) not in seen]:
+        seen.add(new[-1])
+        order.append(new[-1][-1])
+    return [(f"{habit} {number:05d} {number % 7}", wants_stream) for number, (habit, wants_stream) in enumerate(order)]
 
 
 def _framed(question: str, wants_stream: bool, *headers: str) -> bytes:
@@ -94,9 +108,10 @@ async def _learn(proxy: Proxy, upstream: FakeUpstream) -> None:
     upstream.plays(_as_asked)
 
 
-async def test_10_000_calls_one_after_the_other(upstream: FakeUpstream, proxy: Proxy) -> None:
+async def test_thousands_of_calls_one_after_the_other(upstream: FakeUpstream, proxy: Proxy) -> None:
     await _learn(proxy, upstream)
-    wishes = _wishes(_ONE_AFTER_THE_OTHER, seed=1)
+    wishes = _every_three_in_a_row()
+    assert len(wishes) == (2 * len(_HABITS)) ** 3 + 2
     client = await Client.to(proxy.port)
 
     for question, wants_stream in wishes:
@@ -104,7 +119,7 @@ async def test_10_000_calls_one_after_the_other(upstream: FakeUpstream, proxy: P
         _is_the_answer_to(question, await client.answer())
 
     client.close()
-    assert len(upstream.requests) > _ONE_AFTER_THE_OTHER  # Some were asked twice: their connection had been closed.
+    assert len(upstream.requests) > len(wishes)  # Some were asked twice: their connection had been closed.
     closing = sum(question.startswith(("says", "closes", "resets", "is stale")) for question, _ in wishes)
     assert upstream.connections <= closing + 3
     await _is_in_the_books(proxy, wishes)

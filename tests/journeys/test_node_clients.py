@@ -105,28 +105,30 @@ async def run_clients(node: str, base_url: str, model: str) -> dict[str, dict[st
     return results
 
 
-@pytest.mark.parametrize("model", ["demo-stream", "demo-refuses-stream", "demo-json-only"])
-async def test_node_clients_get_the_whole_answer(node: str, tmp_path: Path, model: str) -> None:
+async def test_node_clients_get_the_whole_answer(node: str, tmp_path: Path) -> None:
     demo = (sys.executable, str(ROOT / "scripts" / "demo_upstream.py"), "--word-delay-ms", "2")
     proxy = (sys.executable, "-m", "proxy", "serve", "--port", "0", "--upstream")
     async with running(tmp_path, *demo) as upstream_url, running(tmp_path, *proxy, upstream_url) as base_url:
-        results = await run_clients(node, base_url, model)
+        for model in ("demo-stream", "demo-refuses-stream", "demo-json-only"):
+            _have_the_whole_answer(model, await run_clients(node, base_url, model))
 
-    assert {client: result["errors"] for client, result in results.items() if result["errors"]} == {}
+
+def _have_the_whole_answer(model: str, results: dict[str, dict[str, Any]]) -> None:
+    assert {client: result["errors"] for client, result in results.items() if result["errors"]} == {}, model
     whole = {"openai.create", "ai.generateText"}
     streamed = {"openai.create, stream", "openai.create, stream, usage", "openai.stream, usage", "ai.streamText"}
     assert set(results) == whole | streamed
 
     text = write_answer(model, [{"role": "user", "content": QUESTION}])
     for client, result in results.items():
-        assert result["text"] == text, client
-        assert result["finish_reason"] == "stop", client
+        assert result["text"] == text, (model, client)
+        assert result["finish_reason"] == "stop", (model, client)
         if client in streamed:
-            assert result["chunks"] > 1, client
+            assert result["chunks"] > 1, (model, client)
         if client == "openai.create, stream":  # which does not ask for it
             assert result["usage"] is None
         else:
             usage = result["usage"]
-            assert usage["prompt_tokens"] == len(QUESTION.split()), client
-            assert usage["completion_tokens"] == len(text.split()), client
-            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"], client
+            assert usage["prompt_tokens"] == len(QUESTION.split()), (model, client)
+            assert usage["completion_tokens"] == len(text.split()), (model, client)
+            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"], (model, client)
