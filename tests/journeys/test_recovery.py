@@ -174,42 +174,48 @@ async def test_a_stream_that_breaks_anywhere_becomes_whole(
             assert (row["prompt_tokens"], row["completion_tokens"], row["estimated"]) == (7, 9, False), cut
 
 
-@pytest.mark.parametrize(
-    "new",
-    {
-        "other words": whole("The lake is small."),
-        "other words at the end of what was said": whole("The sea ", "is wise, too."),
-        "another case": whole("The Sea is wide, deep, blue and salty."),
-        "fewer words": whole("The sea"),
-        "fewer words, and no finish reason": stream(*saying("The sea", reason=None)),
-        "a tool call": stream(
+OTHER_ANSWERS: dict[str, list[Play]] = {
+    "other words": [whole("The lake is small.")],
+    "other words at the end of what was said": [whole("The sea ", "is wise, too.")],
+    "another case": [whole("The Sea is wide, deep, blue and salty.")],
+    "fewer words": [whole("The sea")],
+    "fewer words, and no finish reason": [stream(*saying("The sea", reason=None))],
+    "a tool call": [
+        stream(
             again({"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}),
             again({}, "tool_calls"),
-        ),
-        "two choices": stream(*saying("The sea "), chunk({"content": "The sea"}, index=1)),
-        "other words in one body": answer(completion("The lake is small.")),
-        "fewer words in one body": answer(completion("The sea")),
-        "fewer words in one body, and no finish reason": answer(completion("The sea", reason=None)),
-        "nothing": stream(*saying()),
-        "a refusal to stream, and then other words": None,
-    }.items(),
-    ids=lambda row: row[0],
-)
+        )
+    ],
+    "two choices": [stream(*saying("The sea "), chunk({"content": "The sea"}, index=1))],
+    "other words in one body": [answer(completion("The lake is small."))],
+    "fewer words in one body": [answer(completion("The sea"))],
+    "fewer words in one body, and no finish reason": [answer(completion("The sea", reason=None))],
+    "nothing": [stream(*saying())],
+    "a refusal to stream, and then other words": [refuse(400, "stream"), answer(completion("The lake is small."))],
+}
+
+
 async def test_another_answer_is_not_joined_to_the_first(
-    upstream: FakeUpstream, second: FakeUpstream, start: Start, new: tuple[str, Play | None]
+    upstream: FakeUpstream, second: FakeUpstream, start: Start
 ) -> None:
-    proxy = await start(upstream.url, second.url, more=BOTH)
-    played = [new[1]] if new[1] is not None else [refuse(400, "stream"), answer(completion("The lake is small."))]
-    upstream.plays(broken(*FIRST[:3]), *played)
+    """Each is that of a model of its own, of which nothing is known yet."""
+    groups = [
+        f'[[model]]\nname = "group-{number}"\ntargets = ["up/model-{number}", "up2/model-b"]'
+        for number in range(len(OTHER_ANSWERS))
+    ]
+    proxy = await start(upstream.url, second.url, more="\n".join(groups), streaming={"circuit_failures": 1000})
+    for number, (name, played) in enumerate(OTHER_ANSWERS.items()):
+        upstream.plays(broken(*FIRST[:3]), *played)
+        upstream.requests.clear()
 
-    seen = await read(proxy, model="both")
+        seen = await read(proxy, model=f"group-{number}")
 
-    assert (seen.text(), told_error(seen), seen.is_done) == ("The sea is wide, ", "upstream_broke", False)
-    assert len(seen.chunks) == 3
-    assert (len(upstream.requests), second.requests) == (1 + len(played), [])
-    row = await proxy.ledger.next()
-    assert (row["status"], row["http_status"], row["error"]) == ("upstream_error", 200, "upstream_broke")
-    assert (row["attempts"], row["estimated"], row["completion_tokens"]) == (1 + len(played), True, 6)
+        assert (seen.text(), told_error(seen), seen.is_done) == ("The sea is wide, ", "upstream_broke", False), name
+        assert len(seen.chunks) == 3, name
+        assert (len(upstream.requests), second.requests) == (1 + len(played), []), name
+        row = await proxy.ledger.next()
+        assert (row["status"], row["http_status"], row["error"]) == ("upstream_error", 200, "upstream_broke"), name
+        assert (row["attempts"], row["estimated"], row["completion_tokens"]) == (1 + len(played), True, 6), name
 
 
 async def test_a_target_that_answers_with_one_body_saves_a_stream_too(
@@ -233,25 +239,23 @@ CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f"
 
 
 @pytest.mark.parametrize("recovery", ["exact", "continue"])
-@pytest.mark.parametrize(
-    ("said", "members"),
-    [
-        ([role(), chunk({"tool_calls": [CALL]})], {}),
-        ([role(), text("Let me see."), chunk({"tool_calls": [CALL]})], {}),
-        ([role(), text("One"), role(1), text("Two", 1)], {"n": 2}),
-    ],
-    ids=["a tool call", "a tool call behind words", "two choices"],
-)
 async def test_what_cannot_be_joined_is_not_asked_for_again(
-    upstream: FakeUpstream, start: Start, said: list[bytes], members: dict[str, Any], recovery: str
+    upstream: FakeUpstream, start: Start, recovery: str
 ) -> None:
     proxy = await start(streaming={"recovery": recovery})
-    upstream.plays(broken(*said))
+    answers: dict[str, tuple[list[bytes], dict[str, Any]]] = {
+        "a tool call": ([role(), chunk({"tool_calls": [CALL]})], {}),
+        "a tool call behind words": ([role(), text("Let me see."), chunk({"tool_calls": [CALL]})], {}),
+        "two choices": ([role(), text("One"), role(1), text("Two", 1)], {"n": 2}),
+    }
+    for name, (said, members) in answers.items():
+        upstream.plays(broken(*said))
+        upstream.requests.clear()
 
-    seen = await read(proxy, **members)
+        seen = await read(proxy, **members)
 
-    assert told_error(seen) == "upstream_broke"
-    assert (len(seen.chunks), len(upstream.requests)) == (len(said), 1)
+        assert told_error(seen) == "upstream_broke", name
+        assert (len(seen.chunks), len(upstream.requests)) == (len(said), 1), name
 
 
 @pytest.mark.parametrize("cut", range(2, 6))
@@ -261,7 +265,7 @@ async def test_reasoning_and_content_are_each_taken_up_where_they_were(
     thoughts = [chunk({"reasoning_content": part}) for part in ("Think", "ing ")]
     upstream.plays(
         broken(*[role(), *thoughts, text("Forty-"), text("two")][:cut]),
-        stream(again({"role": "assistant", "reasoning_content": "Thinking "}), *saying("Forty", "-two")[1:]),
+        stream(again({"role": "assistant", "reasoning_content": "Thinking "}), *saying("Forty", "-two")[1:], usage()),
     )
 
     seen = await read(proxy)
