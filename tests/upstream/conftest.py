@@ -15,7 +15,7 @@ import trustme
 import uvloop
 
 from tests.conftest import Proxy
-from tests.fakes.upstream import DONE, Received, Wire, finish, role, text
+from tests.fakes.upstream import DONE, Received, Wire, finish, role, text, usage
 
 
 def pytest_asyncio_loop_factories(
@@ -65,7 +65,7 @@ class InStep:
     """A stream in which each event is sent only when the client has the one before, written as `pack` makes it."""
 
     def __init__(self, pack: Callable[[bytes], bytes] = bytes, **headers: str) -> None:
-        self._events = [role() + text("Hel"), text("lo"), text("!"), finish() + DONE]
+        self._events = [role() + text("Hel"), text("lo"), text("!"), finish() + usage() + DONE]
         self._pack = pack
         self._headers = headers
         self._may_go_on = asyncio.Semaphore(1)
@@ -78,8 +78,9 @@ class InStep:
         await wire.end()
 
     async def is_heard_by(self, proxy: Proxy) -> None:
-        """Ask for the stream, and read it."""
-        async with asyncio.timeout(20), proxy.chat(stream=True) as response:
+        """Ask for the stream and its usage, and read both."""
+        asking = proxy.chat(stream=True, stream_options={"include_usage": True})
+        async with asyncio.timeout(20), asking as response:
             assert response.status == 200
             for event in self._events:
                 assert await response.content.readexactly(len(event)) == event
