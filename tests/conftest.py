@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,15 @@ ADMIN_KEY = "the-administrators-own-key"
 def examples(count: int) -> settings:
     """So many examples in the default profile, and in proportion in the deep one."""
     return settings(max_examples=count * settings().max_examples // 100)
+
+
+@pytest.fixture(autouse=True)
+def _same_log_level() -> Iterator[None]:
+    """The command says how much is logged, also when a test calls it here: that is not to be so for the next test."""
+    log = logging.getLogger("proxy")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 class Ledger(io.TextIOBase):

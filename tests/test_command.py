@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,10 +119,8 @@ Told = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Told]:
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
     """Exit code, standard output and standard error of a command, called in this process, in the test's directory."""
-    log = logging.getLogger("proxy")
-    level = log.level
 
     def call(*arguments: str, **environ: str) -> tuple[int, str, str]:
         with patch.dict(os.environ, _kept() | environ, clear=True):
@@ -134,8 +131,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return code, *capsys.readouterr()
 
     monkeypatch.chdir(tmp_path)
-    yield call
-    log.setLevel(level)
+    return call
 
 
 async def ask(base: str, **members: Any) -> bytes:
