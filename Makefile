@@ -30,7 +30,7 @@ run: $(VENV)/.run  ## install what is needed and start the proxy on 127.0.0.1:81
 	$(BIN)/headwater serve
 
 test: setup lint types floors  ## every test, and lint, types and floors before them
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 3
 
 fuzz: setup  ## the property tests alone, on twenty times as many examples
 	$(BIN)/python -m pytest -q -n 2 -m hypothesis --hypothesis-profile=deep

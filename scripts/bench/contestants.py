@@ -22,7 +22,7 @@ from typing import IO
 import procfs
 
 _HERE = Path(__file__).resolve().parent
-_START_S = 20.0
+_START_S = 60.0
 _STOP_S = 10.0
 
 UNLEDGERED, WITH_KEYS = "no ledger", "keys+limits"

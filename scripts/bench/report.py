@@ -49,6 +49,15 @@ def ratios(takes: Takes) -> dict[str, Figures]:
     return found
 
 
+def more_than(takes: Takes, who: str, other: str, name: str) -> float | None:
+    """How much more a figure is for one contestant than for another: the median of what it is within one take."""
+    if who not in takes or other not in takes:
+        return None
+    pairs = zip(takes[who], takes[other], strict=True)
+    found = [its[name] - others[name] for its, others in pairs if name in its and name in others]
+    return statistics.median(found) if found else None
+
+
 def table(takes: Takes) -> str:
     """Medians, each with half the distance between its quartiles in brackets."""
     cells: dict[str, dict[str, str]] = {}

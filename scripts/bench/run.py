@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> int:
         print("\nmedian (half the distance between the quartiles)\n" + report.table(takes))
     if any(found_ratios.values()):
         print("\nratios\n" + report.ratio_table(found_ratios))
-    if verdicts := targets.judge(medians, found_ratios):
+    if verdicts := targets.judge(takes):
         print("\ntargets\n" + targets.table(verdicts))
     for fault in bench.faults:
         print(f"FAULT: {fault}")

@@ -1,17 +1,17 @@
 """What Headwater is to cost at most, and whether it did.
 
-A target is about the medians over the rounds of one run. Not meeting one is no fault of the run. Nothing here does input or
+A target is about the medians over the takes of one run. Not meeting one is no fault of the run. Nothing here does input or
 output.
 
 To add one: add a line to `TARGETS`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from contestants import UNLEDGERED, WITH_KEYS
-from measures import FIGURES, Figures
-from report import SUBJECT
+from measures import FIGURES
+from report import SUBJECT, Takes, medians, more_than, ratios
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,18 @@ class Verdict:
         return self.measured <= self.target.at_most
 
 
-def judge(medians: Mapping[str, Figures], ratios: Mapping[str, Figures]) -> list[Verdict]:
+def judge(takes: Takes) -> list[Verdict]:
     """A verdict on every target of which the run has the figure."""
+    of_one, against = medians(takes), ratios(takes)
     verdicts = []
     for target in TARGETS:
-        figures = medians.get(target.who, {}) if target.against is None else ratios.get(target.against, {})
-        less = {target.figure: 0.0} if target.more_than is None else medians.get(target.more_than, {})
-        if target.figure in figures and target.figure in less:
-            verdicts.append(Verdict(target, figures[target.figure] - less[target.figure]))
+        if target.more_than is not None:
+            measured = more_than(takes, target.who, target.more_than, target.figure)
+        else:
+            figures = of_one.get(target.who, {}) if target.against is None else against.get(target.against, {})
+            measured = figures.get(target.figure)
+        if measured is not None:
+            verdicts.append(Verdict(target, measured))
     return verdicts
 
 

@@ -107,14 +107,27 @@ def test_what_never_happened_has_no_ratio_and_is_called_never() -> None:
 
 
 def test_a_target_is_met_up_to_its_bound_and_left_out_without_its_figure() -> None:
-    medians = {"headwater": {"ttft_ms": 0.4, "slow_above_kib": 25.1}}
-    verdicts = judge(medians, {"nginx": {"request_cpu_us": 5.1}})
+    takes = {
+        "headwater": [{"ttft_ms": 0.4, "slow_above_kib": 25.1, "request_cpu_us": 510.0}],
+        "nginx": [{"request_cpu_us": 100.0}],
+    }
+    verdicts = judge(takes)
     assert [(each.target.figure, each.is_met) for each in verdicts] == [
         ("request_cpu_us", False),
         ("ttft_ms", True),
         ("slow_above_kib", False),
     ]
     assert verdict_table(verdicts).splitlines()[1].split()[-3:] == ["5.00", "NOT", "MET"]
+
+
+def test_how_much_more_one_takes_is_seen_within_each_take() -> None:
+    takes = {
+        "keys+limits": [{"request_cpu_us": 160.0}, {"request_cpu_us": 270.0}, {"short_cpu_us": 1.0}],
+        "no ledger": [{"request_cpu_us": 100.0}, {"request_cpu_us": 200.0}, {}],
+    }
+    [verdict] = judge(takes)
+    assert (verdict.target.figure, verdict.measured, verdict.is_met) == ("request_cpu_us", 65.0, False)
+    assert judge({"keys+limits": [{"request_cpu_us": 160.0}]}) == []
 
 
 LOOP = "main (proxy/__main__.py:47);Runner.run (asyncio/runners.py:118);uv_run (core.c:452);"
