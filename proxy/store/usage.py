@@ -67,24 +67,20 @@ class Totals:
     """What the calls that one transaction closes add to the sums. To be written at its end."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[Any, ...], Sums] = {}
-        self._of_users: dict[tuple[Any, ...], Sums] = {}
+        self._sums: dict[tuple[Any, ...], list[Sums]] = {}
+        self._of_users: dict[tuple[Any, ...], list[Sums]] = {}
 
     def add(self, group: Grouped, sums: Sums) -> None:
-        _add(self._sums, group[:_USER] + group[_USER + 1 :], sums)
+        self._sums.setdefault(group[:_USER] + group[_USER + 1 :], []).append(sums)
         if group[_USER]:
-            _add(self._of_users, group, sums)
+            self._of_users.setdefault(group, []).append(sums)
 
     def write(self, connection: sqlite3.Connection) -> None:
         for statement, added in ((_ADD, self._sums), (_ADD_TO_USER, self._of_users)):
             if added:
-                connection.executemany(statement, [group + sums for group, sums in added.items()])
+                rows = [(*group, *map(sum, zip(*sums, strict=True))) for group, sums in added.items()]
+                connection.executemany(statement, rows)
                 added.clear()
-
-
-def _add(added: dict[tuple[Any, ...], Sums], group: tuple[Any, ...], sums: Sums) -> None:
-    earlier = added.get(group)
-    added[group] = sums if earlier is None else Sums._make(map(operator.add, earlier, sums))
 
 
 class TeamDays:
