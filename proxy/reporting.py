@@ -19,7 +19,7 @@ from proxy.policy.credits import MICRO
 from proxy.server import reports
 from proxy.settings import Settings
 from proxy.store import db, usage
-from proxy.store.ledger import backup
+from proxy.store.backup import backup
 from proxy.store.migrations import MAIN
 from proxy.store.usage import Group, Sums, UsageRow
 

@@ -18,9 +18,9 @@ import pytest_asyncio
 from proxy.__main__ import main
 from proxy.chat import Status
 from proxy.server import reports
+from proxy.store.backup import backup
 from proxy.store.calls import End, NewCall
 from proxy.store.credits import Cause
-from proxy.store.ledger import backup
 from proxy.store.migrations import MAIN
 from tests.store.ledgers import NOW, check_books, done, look, new, opened, record, starting
 from tests.test_docs import ROOT

@@ -247,15 +247,20 @@ class Entry:
             new = new.holding(*await self._worth(self._completion_tokens))
         if self._is_written:
             self._open = OpenCall(new)
-            await accounting.ledger.open_call(
-                self._open, team_budgets=terms.team_budgets, key_budgets=terms.key_budgets
-            )
+            if self._is_bound or not accounting.ledger.note_call(self._open):
+                await accounting.ledger.open_call(
+                    self._open, team_budgets=terms.team_budgets, key_budgets=terms.key_budgets
+                )
         return self._meter
 
     @property
+    def _is_bound(self) -> bool:
+        """Whether it may be refused for what others have spent or done."""
+        return self._terms.credits is not None or self._terms.have_budgets or self._new.job is not None
+
+    @property
     def _is_written(self) -> bool:
-        terms, job = self._terms, self._new.job
-        return self._accounting.writes_all or terms.credits is not None or terms.have_budgets or job is not None
+        return self._accounting.writes_all or self._is_bound
 
     async def _hold_more(self, tokens: int) -> None:
         """Hold what so many more tokens of the answer may cost. As Ledger.extend_call."""

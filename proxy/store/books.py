@@ -37,14 +37,19 @@ class Books:
         """Rows of `call_content`, but for the numbers of their calls; and where those stand in `closed`."""
         self.no_longer_open: dict[int, list[int]] = {}
         """The numbers of calls that close, by the process that has them open."""
+        self.no_longer_noted: dict[int, list[int]] = {}
+        """The same of calls that were noted, and have no row before."""
 
-    def has_open(self, call: OpenCall) -> bool:
-        """Whether its row is written, or will be with this transaction."""
+    def has_row(self, call: OpenCall) -> bool:
+        """Whether it was opened by a transaction, which may be this one."""
         return call.is_open or call in self.opening
 
     def write(self) -> None:
         """To be called at the end of the transaction. IntegrityError as from `write_calls`."""
         self.write_calls()
+        for process, numbers in self.no_longer_noted.items():
+            statement = "UPDATE process SET closed = ? WHERE number = ?"
+            self.connection.execute(statement, (json.dumps(numbers), process))
         self.days.write(self.connection)
         self.spending.write()
         self.accounts.write()

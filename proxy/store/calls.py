@@ -1,7 +1,8 @@
 """A call's row: written before an upstream is asked, finished once after, and what it costs between.
 
-It stands in `open_call` while the call is under way, and in `call` when it is over: in one of them at every moment. A call that
-names no job is a job of its own, and is charged when it closes. One of a job leaves what it was worth with the job.
+It stands in `open_call` while the call is under way, and in `call` when it is over: in one of them at every moment. One that
+holds nothing has a note (notes.py) in place of the first. A call that names no job is a job of its own, and is charged when it
+closes. One of a job leaves what it was worth with the job.
 
 The functions here are steps of a transaction that the ledger's writer runs; one that is refused has changed nothing.
 """
@@ -9,6 +10,7 @@ The functions here are steps of a transaction that the ledger's writer runs; one
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from proxy.chat import Budgets, Exchange, Mode, Status
@@ -78,15 +80,17 @@ class End(NamedTuple):
 class OpenCall:
     """A call under way, from before it is opened until it is closed.
 
-    `number` is that of its row, and `is_open` whether that is written. `new` says what it holds. `has_changed`: that is another
-    amount since it was opened, or soon will be, and its row knows it. `heir` is the call that took over what it held.
+    `number` is that of its row, and `is_open` whether that is written; `slot` is that of its note, where it has one instead.
+    `new` says what it holds. `has_changed`: that is another amount since it was opened, or soon will be, and its row knows it.
+    `heir` is the call that took over what it held.
     """
 
-    __slots__ = ("has_changed", "heir", "is_closed", "is_open", "new", "number")
+    __slots__ = ("has_changed", "heir", "is_closed", "is_open", "new", "number", "slot")
 
     def __init__(self, new: NewCall) -> None:
         self.new = storable_call(new)
         self.number = 0
+        self.slot: int | None = None
         self.is_open = self.is_closed = self.has_changed = False
         self.heir: OpenCall | None = None
 
@@ -183,7 +187,7 @@ def extend_call(
 
     OverloadedError when it is not open, for the disk took nothing when it began.
     """
-    if not books.has_open(call):
+    if not books.has_row(call):
         raise OverloadedError("ledger_unavailable", "The call could not be written when it began.")
     microcredits, microusd = more
     held = as_held(books, process, call.number, new)
@@ -215,15 +219,26 @@ def close_call(books: Books, process: int, number: int, new: NewCall, end: End) 
     _finish(books, new, end)
 
 
+def close_noted(books: Books, process: int, numbers: Iterable[int], new: NewCall, end: End) -> None:
+    """Write the row of a call that was noted, and held nothing. `numbers` are those whose notes say nothing from now on."""
+    books.no_longer_noted.setdefault(process, []).extend(numbers)
+    _finish(books, new, end)
+
+
 def hand_over(books: Books, process: int, number: int, new: NewCall, heir: OpenCall) -> None:
     """Write the row of a call that takes over what another open one of its team, with that number, holds."""
     new, taking = as_held(books, process, number, new), heir.new
-    if taking.job is not None:
-        jobs.begin(books, taking.team, taking.job, taking.opened_at)
     books.holding[process, number] = (0, 0)
     books.spending.add(new.team, new.key, new.opened_at, -new.hold_microusd, 0)
     books.spending.add(taking.team, taking.key, taking.opened_at, new.hold_microusd, 0)
-    _open(books, process, heir, taking.holding(new.hold_microcredits, new.hold_microusd))
+    open_heir(books, process, heir, taking.holding(new.hold_microcredits, new.hold_microusd))
+
+
+def open_heir(books: Books, process: int, heir: OpenCall, new: NewCall) -> None:
+    """Write the row of a call that takes over what another one has paid for, or was not to pay for."""
+    if new.job is not None:
+        jobs.begin(books, new.team, new.job, new.opened_at)
+    _open(books, process, heir, new)
 
 
 def record_call(books: Books, new: NewCall, end: End) -> None:
@@ -236,15 +251,22 @@ def record_call(books: Books, new: NewCall, end: End) -> None:
     _finish(books, new.holding(0, 0), end)
 
 
-def interrupt(books: Books, process: int, now: float) -> int:
-    """Close all calls that a process left open when it died, and release what they held. How many they were."""
+def interrupt(books: Books, process: int, noted: Mapping[int, NewCall], now: float) -> int:
+    """Close all calls that a process left open when it died, those that it noted too, and release what they held. How many."""
     query = f"SELECT number, {_NEW_COLUMNS} FROM open_call WHERE process = ?"
     left = books.connection.execute(query, (process,)).fetchall()
     for number, *members in left:
         new = NewCall(*members)
-        duration_ms = max(0.0, (now - new.opened_at) * 1000)
-        close_call(books, process, number, new, End(Status.INTERRUPTED, Mode.NONE, 0, now, duration_ms))
-    return len(left)
+        close_call(books, process, number, new, _interrupted(new, now))
+    # Where a backup was put in place, some are open in that as well.
+    only_noted = noted.keys() - {number for number, *_ in left}
+    for number in sorted(only_noted):
+        close_noted(books, process, (number,), noted[number], _interrupted(noted[number], now))
+    return len(left) + len(only_noted)
+
+
+def _interrupted(new: NewCall, now: float) -> End:
+    return End(Status.INTERRUPTED, Mode.NONE, 0, now, max(0.0, (now - new.opened_at) * 1000))
 
 
 def _finish(books: Books, new: NewCall, end: End) -> None:
@@ -257,10 +279,13 @@ def _finish(books: Books, new: NewCall, end: End) -> None:
         accounts.resize(new.team, held, settled)
     elif held or settled:
         accounts.charge(new.team, held, settled, Cause(end.closed_at, job=job, call=new.id))
-    target = _text(end.target)
-    prompt, completion = _count(end.prompt_tokens), _count(end.completion_tokens)
-    cached, reasoning = _count(end.cached_tokens), _count(end.reasoning_tokens)
-    cost, price = _count(end.cost_microusd), _count(end.price_microusd)
+    error, target, answered_model, finish_reason = _texts(end.error, end.target, end.answered_model, end.finish_reason)
+    prompt, completion, cached, reasoning, cost, price = _counts(
+        *(end.prompt_tokens, end.completion_tokens, end.cached_tokens, end.reasoning_tokens),
+        *(end.cost_microusd, end.price_microusd),
+    )
+    # SQLite's module takes a microsecond more for each value that is not exactly of a type of its own.
+    status = str(end.status)
     row = (
         None,
         new.id,
@@ -271,18 +296,18 @@ def _finish(books: Books, new: NewCall, end: End) -> None:
         new.purpose,
         new.model,
         new.opened_at,
-        end.status,
-        end.mode,
+        status,
+        str(end.mode),
         end.http_status,
-        _text(end.error),
+        error,
         target,
-        _text(end.answered_model),
+        answered_model,
         end.attempts,
         prompt,
         completion,
         cached,
         reasoning,
-        end.is_estimated,
+        int(end.is_estimated),
         cost,
         price,
         settled,
@@ -290,7 +315,7 @@ def _finish(books: Books, new: NewCall, end: End) -> None:
         end.ttft_ms,
         end.duration_ms,
         end.cache_entry,
-        _text(end.finish_reason),
+        finish_reason,
         end.closed_at,
     )
     if end.content is not None:
@@ -314,7 +339,7 @@ def _finish(books: Books, new: NewCall, end: End) -> None:
         kept, charged = (settled, 0) if state.is_open else (0, settled)
         jobs.add(books.connection, job, sums, kept, charged, worth - settled)
     day = int(new.opened_at // DAY_S)
-    group = (day, new.team, new.key or "", new.model, target or "", new.user, new.purpose, end.status)
+    group = (day, new.team, new.key or "", new.model, target or "", new.user, new.purpose, status)
     books.totals.add(group, sums)
 
 
@@ -329,12 +354,12 @@ def storable_call(new: NewCall) -> NewCall:
     return new._replace(id=call_id, model=model, user=user, purpose=purpose, job=None if new.job is None else job)
 
 
-def _text(text: str | None) -> str | None:
-    return None if text is None else storable(text)
+def _texts(*texts: str | None) -> list[str | None]:
+    return [None if text is None else storable(text) for text in texts]
 
 
-def _count(count: int | None) -> int | None:
-    return None if count is None else min(max(count, 0), _MOST)
+def _counts(*counts: int | None) -> list[int | None]:
+    return [None if count is None else min(max(count, 0), _MOST) for count in counts]
 
 
 # ---------------------------------------------------------------------- reading, retention

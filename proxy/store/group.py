@@ -50,6 +50,7 @@ _OWN_FAULT = (
     ArithmeticError,
     AssertionError,
     LookupError,
+    OSError,
     RecursionError,  # of json, for what is nested deep
     TypeError,
     ValueError,

@@ -7,6 +7,7 @@ this room is in files of its own, as steps of such transactions:
     jobs.py       calls that are paid together     usage.py      sums by day
     budgets.py    what may be spent in dollars     group.py      many steps, few transactions
     payments.py   what administrators pay, once    processes.py  who died with calls open
+    notes.py      calls that hold nothing
 
 Amounts are integers: credits in millionths of a credit, money in millionths of a US dollar. Times are Unix seconds, and passed
 in. Reading has a connection of its own, so that a long report holds up no call; it sees all that this process did before.
@@ -14,15 +15,10 @@ in. Reading has a connection of its own, so that a long report holds up no call;
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from itertools import count
-from pathlib import Path
-from tempfile import mkstemp
 from typing import Any, TypeVar
 
 from proxy.chat import NO_BUDGETS, Budgets
@@ -39,7 +35,7 @@ from proxy.store.group import GroupWriter, Step
 from proxy.store.jobs import Job, JobState, NewJob
 from proxy.store.paging import Page
 from proxy.store.payments import Paid, Payment, RefillSet
-from proxy.store.processes import Presence
+from proxy.store.processes import Known, Presence
 from proxy.store.usage import Group, UsageRow
 from proxy.tasks import Tasks
 
@@ -110,6 +106,17 @@ class Ledger:
 
     # ------------------------------------------------------------------ calls
 
+    def note_call(self, call: OpenCall) -> bool:
+        """Open a call that has no job and no budget and never holds anything: a kill leaves a note of it when this returns.
+
+        False when it cannot be noted now, and is to be opened with `open_call`.
+        """
+        if self._writer.is_failing:
+            return False
+        call.number = next(self._numbers)
+        call.slot = self._presence.notes.take(call.number, call.new)
+        return call.slot is not None
+
     async def open_call(
         self, call: OpenCall, *, team_budgets: Budgets = NO_BUDGETS, key_budgets: Budgets = NO_BUDGETS
     ) -> None:
@@ -119,7 +126,7 @@ class Ledger:
         no such job, 409 when the job has ended; BudgetExceededError and CreditsSpentError (402); OverloadedError when the disk
         takes nothing and the call holds credits, names a job or has a budget. One that costs nobody anything goes on.
         """
-        call.number = next(self._numbers)
+        call.number = call.number or next(self._numbers)
         process = self._presence.number
         try:
             await self._writer.ask(
@@ -171,6 +178,11 @@ class Ledger:
         if self._writer.is_failing and end.content is not None:
             # It may have to be kept in memory for as long as the disk takes nothing.
             end = end._replace(content=None)
+        if (slot := call.slot) is not None:
+            notes = self._presence.notes
+            step = partial(_close_noted, self._presence, call.number, call.new, end)
+            self._writer.owe(step, lambda _: notes.clear(call.number, slot))
+            return
         place = (self._presence.number, call, call.new, call.has_changed)
         self._writer.owe(partial(_close, *place, end, job_state, rounds_up))
 
@@ -179,6 +191,9 @@ class Ledger:
 
         One that is closed, or not open yet, has nothing to hand over.
         """
+        if call.slot is not None and not call.is_closed:
+            self._follow(call, heir)
+            return
         if not call.is_open or call.is_closed:
             return
         giver, heir.number = call.new, next(self._numbers)
@@ -187,6 +202,14 @@ class Ledger:
         heir.new = heir.new.holding(giver.hold_microcredits, giver.hold_microusd)
         call.new, call.heir = giver.holding(0, 0), heir
         call.has_changed = heir.has_changed = True
+
+    def _follow(self, call: OpenCall, heir: OpenCall) -> None:
+        """Open the heir of a call that holds nothing."""
+        call.heir = heir
+        if heir.new.job is None and self.note_call(heir):
+            return
+        heir.number, process = next(self._numbers), self._presence.number
+        self._writer.owe(lambda books: calls.open_heir(books, process, heir, heir.new), heir.note_open)
 
     async def settled(self) -> None:
         """Wait until all that was closed is on disk, or the disk was found to take nothing."""
@@ -314,7 +337,7 @@ class Ledger:
 
     async def calls_under_way(self, team: str | None = None) -> list[NewCall]:
         """The open calls of all processes, of a team or all, the oldest first."""
-        return await self._read(lambda connection: calls.under_way(connection, team))
+        return await self._read(partial(_under_way, self._presence, team))
 
     async def usage(
         self,
@@ -338,7 +361,10 @@ class Ledger:
 
     async def recover(self, now: float) -> int:
         """Close what processes left open that have died since, as `interrupted`, and release what it held. How many calls."""
-        return await self._do(partial(_recover, self._presence, now))
+        dead, total = await self._do(partial(_recover, self._presence, now))
+        if dead:
+            await self._do(lambda books: processes.forget(books.connection, dead))
+        return total
 
     async def refill_due(self, now: float) -> int:
         """Refill all accounts whose time has come. How many."""
@@ -377,37 +403,11 @@ class Ledger:
             raise _unavailable(error) from None
 
 
-async def backup(source: Path, target: Path) -> int:
-    """A copy of a database that others may be writing, as it is at one moment; how many bytes it has.
-
-    `target` is there when it is whole and was found to be sound, for its owner alone. It needs no other file beside it.
-    OSError or sqlite3.Error when it cannot be made. https://www.sqlite.org/backup.html
-    """
-    return await asyncio.to_thread(_backup, source, target)
-
-
-def _backup(source: Path, target: Path) -> int:
-    # A file that mkstemp makes is for its owner alone.
-    number, name = mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)
-    os.close(number)
-    part = Path(name)
-    try:
-        reading = f"{source.resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(reading, uri=True)) as original, closing(sqlite3.connect(part)) as copy:
-            original.backup(copy)
-            # In WAL mode, which is copied too, it could not be read from where nothing can be written.
-            copy.execute("PRAGMA journal_mode=DELETE")
-            (found,) = copy.execute("PRAGMA quick_check(1)").fetchone()
-            if found != "ok":
-                raise sqlite3.DatabaseError(f"it is damaged: {found}")
-        size = part.stat().st_size
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-    return size
-
-
 # ---------------------------------------------------------------------- steps
+
+
+def _close_noted(presence: Presence, number: int, new: NewCall, end: End, books: Books) -> None:
+    calls.close_noted(books, presence.number, (number, *presence.notes.stuck), new, end)
 
 
 def _close(
@@ -420,7 +420,7 @@ def _close(
     rounds_up: bool,
     books: Books,
 ) -> None:
-    if not books.has_open(call):
+    if not books.has_row(call):
         calls.record_call(books, new, end)
     else:
         if has_changed:
@@ -434,12 +434,21 @@ def _delete_closed(closed_before: float, after: int, books: Books) -> int | None
     return calls.delete_closed(books.connection, closed_before, after, _PIECE)
 
 
-def _recover(presence: Presence, now: float, books: Books) -> int:
-    total = 0
-    for number in presence.dead(books.connection):
-        total += calls.interrupt(books, number, now)
-        processes.forget(books.connection, number)
-    return total
+def _recover(presence: Presence, now: float, books: Books) -> tuple[list[Known], int]:
+    """Close what the dead left open: those whose calls are closed, and how many calls."""
+    dead, total = [], 0
+    for process in presence.dead(books.connection):
+        if (noted := process.noted()) is not None:
+            total += calls.interrupt(books, process.number, noted, now)
+            dead.append(process)
+    return dead, total
+
+
+def _under_way(presence: Presence, team: str | None, connection: sqlite3.Connection) -> list[NewCall]:
+    found = calls.under_way(connection, team)
+    for process in processes.known(connection, presence.database):
+        found += [new for new in (process.noted() or {}).values() if team in (None, new.team)]
+    return sorted(found, key=lambda new: new.opened_at)
 
 
 def _unavailable(error: sqlite3.Error) -> OverloadedError:

@@ -84,7 +84,8 @@ MAIN: tuple[str, ...] = (
     CREATE TABLE process (  -- that has, or had when it died, calls under way
         number     INTEGER PRIMARY KEY AUTOINCREMENT,
         token      TEXT NOT NULL UNIQUE,  -- in the name of the file it keeps locked while it lives
-        started_at REAL NOT NULL
+        started_at REAL NOT NULL,
+        closed     TEXT NOT NULL DEFAULT '[]'  -- the numbers of the calls noted in that file that were closed last
     ) STRICT;
 
     -- A call's row moves from the first of these two into the second when it closes, for a row that grows has to be put

@@ -52,7 +52,7 @@ async def starting(path: Path) -> AsyncIterator[Start]:
         async def start() -> Process:
             connection = await db.connect(path, migrations.MAIN)
             reader = await db.connect(path, migrations.MAIN)
-            presence, tasks = Presence(path), Tasks()
+            presence, tasks = Presence(path, clock=lambda: NOW), Tasks()
             process = Process(
                 await Ledger.open(connection, reader, presence, tasks, NOW), connection, reader, presence, tasks
             )
@@ -70,6 +70,13 @@ async def opened(ledger: Ledger, call: NewCall, **budgets: Budgets) -> OpenCall:
     """A call that was opened."""
     handle = OpenCall(call)
     await ledger.open_call(handle, **budgets)
+    return handle
+
+
+def noted(ledger: Ledger, call: NewCall) -> OpenCall:
+    """A call that holds nothing, and was noted."""
+    handle = OpenCall(call)
+    assert ledger.note_call(handle)
     return handle
 
 

@@ -10,6 +10,7 @@ import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ import pytest_asyncio
 from proxy.chat import Mode, Status
 from proxy.errors import ClientError, OverloadedError
 from proxy.store import db, migrations
+from proxy.store.backup import backup
 from proxy.store.calls import OpenCall
 from proxy.store.credits import NOTHING, Balance, Cause, CreditsSpentError
 from proxy.store.jobs import JobState, NewJob
-from proxy.store.ledger import Ledger, backup
+from proxy.store.ledger import Ledger
 from proxy.store.processes import Presence
 from proxy.tasks import Tasks
-from tests.store.ledgers import NOW, Start, check_books, done, look, new, opened, record, starting
+from tests.store.ledgers import NOW, Start, check_books, done, look, new, noted, opened, record, starting
 
 
 @pytest.fixture
@@ -339,6 +341,169 @@ async def test_a_backup_is_whole_while_others_write(start: Start, path: Path, tm
     with pytest.raises(sqlite3.Error):
         await backup(tmp_path / "missing.db", copy)
     assert look(copy, "SELECT remaining FROM credit_account") == [(100,)]
+
+
+# ---------------------------------------------------------------------- calls that hold nothing
+
+
+def files(path: Path) -> list[Path]:
+    """Those of processes."""
+    return sorted(path.parent.glob(f"{path.name}-process-*"))
+
+
+def descriptor_of(path: Path) -> int:
+    [number] = [int(link.name) for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(path)]
+    return number
+
+
+async def ids(ledger: Ledger) -> list[tuple[str, Status]]:
+    return sorted((row.id, row.status) for row in (await ledger.calls()).rows)
+
+
+async def test_a_noted_call_that_a_kill_leaves_is_interrupted(start: Start, path: Path) -> None:
+    """It is seen by others meanwhile, and needs no transaction."""
+    one, two = await start(), await start()
+    asked = [new(call_id, opened_at=NOW + place) for place, call_id in enumerate(("over", "left", "late"))]
+    over, *_ = [noted(one.ledger, call) for call in asked]
+    assert look(path, "SELECT count(*) FROM open_call") == [(0,)]
+    assert await two.ledger.calls_under_way("red") == asked
+    assert await two.ledger.calls_under_way("blue") == []
+    one.ledger.close_call(over, done())
+    await one.ledger.settled()
+    assert await two.ledger.calls_under_way() == asked[1:]
+    assert await two.ledger.recover(NOW + 5) == 0
+    await one.crash()
+    assert await two.ledger.recover(NOW + 5) == 2
+    interrupted = [("late", Status.INTERRUPTED), ("left", Status.INTERRUPTED)]
+    assert await ids(two.ledger) == [*interrupted, ("over", Status.OK)]
+    assert await two.ledger.calls_under_way() == []
+    assert await two.ledger.recover(NOW + 6) == 0
+    assert len(files(path)) == 1
+    await two.stop()
+    assert files(path) == []
+    check_books(path)
+
+
+async def test_a_kill_before_the_row_of_a_noted_call_leaves_its_note(start: Start) -> None:
+    one = await start()
+    one.ledger.close_call(noted(one.ledger, new()), done())
+    await one.crash()
+    assert await ids((await start()).ledger) == [("call-1", Status.INTERRUPTED)]
+
+
+async def test_a_kill_between_a_row_and_its_note_leaves_one_row(start: Start, path: Path) -> None:
+    one, two = await start(), await start()
+    calls = [noted(one.ledger, new(call_id)) for call_id in ("first", "second", "third")]
+    [its] = [file for file in files(path) if b"first" in file.read_bytes()]
+    one.ledger.close_call(calls[0], done())
+    await one.ledger.settled()
+    before = its.read_bytes()
+    one.ledger.close_call(calls[1], done())
+    await one.ledger.settled()
+    await one.crash()
+    its.write_bytes(before)
+    assert [call.id for call in await two.ledger.calls_under_way()] == ["third"]
+    assert await two.ledger.recover(NOW + 5) == 1
+    assert await ids(two.ledger) == [("first", Status.OK), ("second", Status.OK), ("third", Status.INTERRUPTED)]
+
+
+async def test_a_note_that_cannot_be_cleared_makes_no_second_row(
+    start: Start, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = await start()
+    stuck, other = noted(one.ledger, new("stuck")), noted(one.ledger, new("other"))
+    [its] = files(path)
+    number = descriptor_of(its)
+    writing, reading = os.dup(number), os.open(its, os.O_RDONLY)
+    os.dup2(reading, number)
+    one.ledger.close_call(stuck, done())
+    await one.ledger.settled()
+    assert "notes of calls under way cannot be cleared" in caplog.text
+    os.dup2(writing, number)
+    one.ledger.close_call(other, done())
+    await one.ledger.settled()
+    os.close(reading)
+    os.close(writing)
+    await one.crash()
+    two = await start()
+    assert await ids(two.ledger) == [("other", Status.OK), ("stuck", Status.OK)]
+    assert len(files(path)) == 1
+
+
+async def test_the_heir_of_a_noted_call_is_open_too(start: Start, path: Path) -> None:
+    """In a job, by a row."""
+    one = await start()
+    await one.ledger.create_job(NewJob("job-1", "red", NOW))
+    call, heir, last, late = noted(one.ledger, new("call")), *(OpenCall(new(call_id)) for call_id in ("a", "b", "c"))
+    in_job = OpenCall(new("d", job="job-1"))
+    for giver, taker in ((call, heir), (heir, last), (last, in_job)):
+        one.ledger.hand_over(giver, taker)
+    one.ledger.close_call(call, done())
+    one.ledger.hand_over(call, late)
+    await one.ledger.settled()
+    assert sorted(new.id for new in await one.ledger.calls_under_way()) == ["a", "b", "d"]
+    assert look(path, "SELECT id FROM open_call") == [("d",)]
+    await one.crash()
+    two = await start()
+    interrupted = [(call_id, Status.INTERRUPTED) for call_id in "abd"]
+    assert await ids(two.ledger) == sorted([*interrupted, ("call", Status.OK)])
+
+
+async def test_a_file_that_cannot_be_read_keeps_its_calls_open(
+    start: Start, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be another user's, or its disk may be at fault for a while."""
+    one, two = await start(), await start()
+    noted(one.ledger, new())
+    [its] = [file for file in files(path) if file.stat().st_size]
+    await one.crash()
+    aside = its.rename(path.with_name("aside"))
+    its.mkdir()
+    assert await two.ledger.recover(NOW) == 0
+    assert await two.ledger.calls_under_way() == []
+    assert f"{its} cannot be read: " in caplog.text
+    its.rmdir()
+    aside.rename(its)
+    assert await two.ledger.recover(NOW) == 1
+
+
+async def test_a_backup_put_in_place_beside_a_note_makes_no_second_row(
+    start: Start, path: Path, tmp_path: Path
+) -> None:
+    one = await start()
+    noted(one.ledger, new())
+    copy = tmp_path / "copy"
+    await backup(path, copy)
+    await one.crash()
+    for file in path.parent.glob(f"{path.name}-[sw]*"):
+        file.unlink()
+    copy.replace(path)
+    assert await ids((await start()).ledger) == [("call-1", Status.INTERRUPTED)]
+
+
+async def test_what_a_backup_has_of_noted_calls_is_one_row_each(start: Start, path: Path, tmp_path: Path) -> None:
+    """While they begin and end all the time."""
+    ledger, is_over = (await start()).ledger, False
+
+    async def call_all_the_time(caller: str) -> None:
+        for number in count():
+            call = noted(ledger, new(f"{caller}-{number}"))
+            await ledger.settled()
+            if is_over:
+                return
+            ledger.close_call(call, done())
+
+    calling = [asyncio.create_task(call_all_the_time(caller)) for caller in "abc"]
+    for place in range(10):
+        await backup(path, tmp_path / f"copy-{place}")
+    is_over = True
+    await asyncio.gather(*calling)
+    for place in range(10):
+        copy = tmp_path / f"copy-{place}"
+        found = look(copy, "SELECT id FROM call UNION ALL SELECT id FROM open_call")
+        assert len(found) == len(set(found))
+    async with starting(copy) as start_there:
+        assert (await (await start_there()).ledger.calls()).total == len(found)
 
 
 async def test_old_calls_are_deleted_and_their_sums_stay(start: Start, path: Path) -> None:

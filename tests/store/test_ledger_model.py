@@ -25,7 +25,7 @@ from proxy.store.calls import OpenCall
 from proxy.store.credits import Balance, Cause, CreditsSpentError
 from proxy.store.jobs import JobState, NewJob
 from tests.conftest import examples
-from tests.store.ledgers import NOW, Process, check_books, check_spending, done, look, new, opened, starting
+from tests.store.ledgers import NOW, Process, check_books, check_spending, done, look, new, noted, opened, starting
 
 T = TypeVar("T")
 
@@ -245,10 +245,21 @@ class Books(RuleBasedStateMachine):
         self.model.calls[call_id] = Call(team, held, job, index, handle, key or "", at, dollars)
         return call_id
 
+    @rule(
+        target=calls, team=st.sampled_from(TEAMS), at=times, key=st.sampled_from((None, "1")), index=st.integers(0, 1)
+    )
+    def note_call(self, team: str, at: float, key: str | None, index: int) -> str:
+        """One that holds nothing."""
+        call_id, key = f"call-{len(self.model.calls)}", key and f"{team}-{key}"
+        asked = new(call_id, team, key=key, opened_at=at)
+        handle = noted(self.processes[index].ledger, asked)
+        self.model.calls[call_id] = Call(team, 0, None, index, handle, key or "", at, 0)
+        return call_id
+
     @rule(call_id=calls, held=amounts, dollars=st.integers(1, 9), team_budgets=budgets, key_budgets=budgets)
     def extend_call(self, call_id: str, held: int, dollars: int, team_budgets: Budgets, key_budgets: Budgets) -> None:
         call = self.model.calls.get(call_id)
-        if call is None or call.status is not None or call.handle.heir is not None:
+        if call is None or call.status is not None or call.handle.heir is not None or call.handle.slot is not None:
             return
         account = self.model.accounts[call.team]
         limits = (team_budgets, key_budgets if call.key else Budgets())
@@ -307,6 +318,9 @@ class Books(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         check_spending(self.path)
+        under_way = {call_id for call_id, call in self.model.calls.items() if call.status is None}
+        for process in self.processes:
+            assert {call.id for call in self.now(process.ledger.calls_under_way())} == under_way
         for team, account in self.model.accounts.items():
             balance = Balance(account.allocated, account.remaining, account.reserved, account.charged)
             assert {self.now(process.ledger.balance(team)) for process in self.processes} == {balance}
