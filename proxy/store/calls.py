@@ -261,7 +261,7 @@ def interrupt(books: Books, process: int, noted: Mapping[int, NewCall], now: flo
     # Where a backup was put in place, some are open in that as well.
     only_noted = noted.keys() - {number for number, *_ in left}
     for number in sorted(only_noted):
-        close_noted(books, process, (number,), noted[number], _interrupted(noted[number], now))
+        _finish(books, noted[number], _interrupted(noted[number], now))
     return len(left) + len(only_noted)
 
 

@@ -440,6 +440,8 @@ def _recover(presence: Presence, now: float, books: Books) -> tuple[list[Known],
     for process in presence.dead(books.connection):
         if (noted := process.noted()) is not None:
             total += calls.interrupt(books, process.number, noted, now)
+            # Its file is taken away later, and says nothing until then.
+            books.no_longer_noted[process.number] = [*process.closed, *noted]
             dead.append(process)
     return dead, total
 

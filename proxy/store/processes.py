@@ -91,7 +91,7 @@ def known(connection: sqlite3.Connection, database: Path) -> list[Known]:
 def forget(connection: sqlite3.Connection, dead: Sequence[Known]) -> None:
     """A step of a transaction: delete rows and files of processes whose calls are all closed.
 
-    Those have to be committed before: who dies between the two leaves a file that nobody asks for.
+    That has to be committed before. The files go first: a row without a file is asked for again, a file without a row never.
     """
     for process in dead:
         process.path.unlink(missing_ok=True)

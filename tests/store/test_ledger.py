@@ -407,6 +407,27 @@ async def test_a_kill_between_a_row_and_its_note_leaves_one_row(start: Start, pa
     assert await ids(two.ledger) == [("first", Status.OK), ("second", Status.OK), ("third", Status.INTERRUPTED)]
 
 
+async def test_a_kill_of_who_looks_after_the_dead_makes_no_second_row(start: Start, path: Path) -> None:
+    """After their calls were closed, and before their file was taken away."""
+    one, two = await start(), await start()
+    over, _ = noted(one.ledger, new("over")), noted(one.ledger, new("left"))
+    [its] = [file for file in files(path) if file.stat().st_size]
+    before = its.read_bytes()
+    one.ledger.close_call(over, done())
+    await one.ledger.settled()
+    await one.crash()
+    its.write_bytes(before)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("CREATE TABLE kept AS SELECT * FROM process WHERE FALSE")
+        row = "old.number, old.token, old.started_at, old.closed"
+        other.execute(f"CREATE TRIGGER keep BEFORE DELETE ON process BEGIN INSERT INTO kept VALUES ({row}); END")
+        assert await two.ledger.recover(NOW) == 1
+        other.execute("INSERT INTO process SELECT * FROM kept")
+    its.write_bytes(before)
+    assert await two.ledger.recover(NOW) == 0
+    assert await ids(two.ledger) == [("left", Status.INTERRUPTED), ("over", Status.OK)]
+
+
 async def test_a_note_that_cannot_be_cleared_makes_no_second_row(
     start: Start, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
