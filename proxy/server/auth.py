@@ -33,10 +33,9 @@ class Auth:
         """Whose request this is. ClientError 401 without a good key, 403 with one that may not be used now."""
         if self.is_open:
             return LOCAL
-        key = _bearer(headers) or next(_presented(headers), None)
-        if key is None:
-            raise ClientError(401, "missing_api_key", f"No API key was sent: send it {_HOW}.")
-        return self._accounts.identify(key, time.time())
+        for key in _presented(headers):
+            return self._accounts.identify(key, time.time())
+        raise ClientError(401, "missing_api_key", f"No API key was sent: send it {_HOW}.")
 
     def admit_admin(self, headers: Mapping[str, str]) -> None:
         """Let an administrator in: who presents the admin key, or anybody where there is none and no one needs a key.
@@ -99,15 +98,10 @@ def check_model(identity: Identity, model: str) -> None:
 
 
 def _presented(headers: Mapping[str, str]) -> Iterator[str]:
-    """The keys in the headers, the one that counts first."""
-    if key := _bearer(headers):
+    """The keys in the headers, the one that counts first. Other schemes than Bearer are those of a server before us."""
+    scheme, _, key = headers.get("Authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and (key := key.strip()):
         yield key
     for name in ("api-key", "x-api-key"):
         if key := headers.get(name, "").strip():
             yield key
-
-
-def _bearer(headers: Mapping[str, str]) -> str:
-    """The key in `Authorization`, "" where there is none. Other schemes than Bearer are those of a server before us."""
-    scheme, _, key = headers.get("Authorization", "").strip().partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
