@@ -416,14 +416,16 @@ class Entry:
 
 def _has_generated(outcome: Outcome) -> bool:
     """Whether there is something to be paid for. Where nobody tells the tokens, that is so as soon as an answer began."""
-    if outcome.status not in _PAID or outcome.status in _WHOLE:
-        return outcome.status in _WHOLE
+    if outcome.status in _WHOLE:
+        return True
+    if outcome.status not in _PAID:
+        return False
     return outcome.ttft_s is not None if outcome.usage is None else outcome.usage.completion > 0
 
 
 def _job_state_of(outcome: Outcome) -> JobState:
     """How a job ends whose only call has ended so. One that left an answer is paid for it, and only who completes pays."""
-    if outcome.status in _WHOLE or (outcome.status in _PAID and outcome.mode not in FREE and _has_generated(outcome)):
+    if outcome.status in _WHOLE or (outcome.mode not in FREE and _has_generated(outcome)):
         return JobState.COMPLETED
     return JobState.CANCELLED if outcome.status is Status.CANCELLED else JobState.FAILED
 
