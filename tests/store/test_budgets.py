@@ -24,11 +24,6 @@ from tests.store.ledgers import NOW, Start, check_books, done, look, new, opened
 ROWS = "SELECT holder, period, reserved, spent FROM spending ORDER BY 1, 2"
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "headwater.db"
-
-
 @pytest_asyncio.fixture
 async def start(path: Path) -> AsyncIterator[Start]:
     async with starting(path) as start:

@@ -27,11 +27,6 @@ def full(*keys: ContentKey) -> Contents:
     return Contents("full", keys, VARIABLE)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "headwater.db"
-
-
 @asynccontextmanager
 async def open_with(path: Path, contents: Contents) -> AsyncIterator[Ledger]:
     """A ledger of a process that ends with the block."""

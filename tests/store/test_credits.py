@@ -23,11 +23,6 @@ from tests.store.ledgers import NOW, check_books, done, new, opened, starting
 DAY, WEEK, MONTH = RefillPeriod
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "headwater.db"
-
-
 @pytest_asyncio.fixture
 async def ledger(path: Path) -> AsyncIterator[Ledger]:
     async with starting(path) as start:

@@ -29,11 +29,6 @@ from proxy.tasks import Tasks
 from tests.store.ledgers import NOW, Start, check_books, done, look, new, noted, opened, record, starting
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "headwater.db"
-
-
 @pytest_asyncio.fixture
 async def start(path: Path) -> AsyncIterator[Start]:
     async with starting(path) as start:

@@ -22,11 +22,6 @@ GIFT = Payment("local", ALLOCATION, 100, Cause(NOW, "a gift"))
 MODE = "SELECT budget_mode, version FROM team WHERE id = 'local'"
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "headwater.db"
-
-
 @pytest_asyncio.fixture
 async def start(path: Path) -> AsyncIterator[Start]:
     async with starting(path) as starter:
