@@ -122,15 +122,16 @@ class _State:
 
     def seconds_to(self, tokens: int, limit: int, time: float) -> float:
         """How long until so many tokens fit, when no running call ends before: some flow back, some are held no longer."""
-        needed = self.tokens_s + (self.held + tokens) * WINDOW_S / limit - WINDOW_S
-        waits = 0.0
-        for call, held in self.holding.items():
-            # What flows back before all that is held has lapsed is at most what was taken.
-            if needed <= self.tokens_s and needed <= call.time + WINDOW_S - time:
-                return max(needed, waits)
-            waits = call.time + WINDOW_S - time
-            needed -= held * WINDOW_S / limit
-        return max(needed, waits)
+        held, waits = self.held, 0.0
+        for call, its_tokens in self.holding.items():
+            flows = self.tokens_s + (held + tokens - limit) * WINDOW_S / limit
+            lapses = call.time + WINDOW_S - time
+            # Time alone makes room only beside what is held, and that is asked in whole tokens: no rounding is to decide it.
+            if held + tokens <= limit and flows <= lapses:
+                return max(flows, waits)
+            held -= its_tokens
+            waits = lapses
+        return max(self.tokens_s + (tokens - limit) * WINDOW_S / limit, waits)
 
     def is_idle(self, time: float) -> bool:
         """Whether it is as good as one that nothing is known of."""

@@ -90,6 +90,17 @@ def test_a_long_call_holds_its_tokens_for_a_minute_and_pays_at_its_end() -> None
     assert refused(limiter.admit(chain, 1, 70)).retry_after_s == 31  # 300 of debt
 
 
+def test_what_fits_beside_all_that_is_held_waits_for_no_call_to_end() -> None:
+    limits = range(2, 200)
+    waits = []
+    for limit in limits:
+        limiter, chain = Limiter(0), [holder(tokens=limit)]
+        limiter.settle(admitted(limiter.admit(chain, 0, 0)), 1, 0)
+        admitted(limiter.admit(chain, 1, 0))
+        waits.append(refused(limiter.admit(chain, limit - 1, 0)).retry_after_s)
+    assert waits == [math.ceil(60 / limit) for limit in limits]
+
+
 def test_nothing_is_given_back_to_a_bucket_that_had_filled_up_meanwhile() -> None:
     limiter, chain = Limiter(0), [holder(tokens=600)]
     early = [admitted(limiter.admit(chain, 200, 0)) for _ in range(3)]
