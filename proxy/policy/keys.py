@@ -48,7 +48,7 @@ def make_key(entropy: bytes) -> str:
 def is_well_formed(text: str) -> bool:
     """Whether a text can be one of our keys: it begins as they do, is as long, and its checksum fits. Takes 5 µs.
 
-    It says what is wrong with a key that was not found; one that was found need not be asked.
+    It tells what is wrong with a key that was not found; one that was found need not be asked.
     """
     if len(text) != _KEY_LENGTH or not text.startswith(_MARK) or not _VALUES.issuperset(text[len(_MARK) :]):
         return False

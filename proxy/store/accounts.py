@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from proxy.chat import NO_BUDGETS, NO_LIMITS, Budgets, Holder, Identity, Limits
 from proxy.errors import ClientError, ConfigError, OverloadedError
-from proxy.policy.keys import ENTROPY_BYTES, hash_of, is_expired, is_same, make_key, prefix_of
+from proxy.policy.keys import ENTROPY_BYTES, hash_of, is_expired, is_same, is_well_formed, make_key, prefix_of
 from proxy.settings import Settings
 from proxy.store import account_rows as rows
 from proxy.store.account_rows import ModelGroup, Organisation, R, Team, VirtualKey
@@ -96,7 +96,7 @@ class Accounts:
         key = self._keys.get(prefix_of(presented))
         # Looking it up is cheaper than its checksum.
         if key is None or self._secret is None or not is_same(key.hash, hash_of(presented, self._secret)):
-            raise _no_key()
+            raise _no_key(is_whole=is_well_formed(presented))
         identity = self._identities.get(key.id)
         if identity is None or is_expired(key.expires_at, now):
             identity = self._identities[key.id] = self._admitted(key, now)
@@ -106,7 +106,7 @@ class Accounts:
         """Whose key this is, if it may be used; that holds until it expires or something is changed."""
         status = key.status(now)
         if status == "revoked":
-            raise _no_key()
+            raise _no_key(is_whole=True)
         if status != "active":
             words = "The API key has expired." if status == "expired" else "The API key is suspended."
             raise ClientError(403, f"key_{status}", words)
@@ -294,6 +294,7 @@ def _page(known: Mapping[str, R], limit: int | None, after: str, is_wanted: Call
     return [known[row_id] for row_id in nsmallest(len(behind) if limit is None else limit, behind)], len(wanted)
 
 
-def _no_key() -> ClientError:
+def _no_key(*, is_whole: bool) -> ClientError:
     # https://platform.openai.com/docs/guides/error-codes
-    return ClientError(401, "invalid_api_key", "Incorrect API key provided.")
+    why = "it is unknown here, or was revoked" if is_whole else "it is no whole key of this proxy's"
+    return ClientError(401, "invalid_api_key", f"Incorrect API key provided: {why}.")

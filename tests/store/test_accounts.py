@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from proxy.chat import Holder, Identity, Limits
 from proxy.errors import ClientError, ConfigError, OverloadedError
+from proxy.policy.keys import make_key
 from proxy.settings import AuthSettings, Settings, StoreSettings
 from proxy.store import db, migrations
 from proxy.store.account_rows import Organisation, Team, VirtualKey
@@ -110,6 +111,19 @@ async def test_only_the_beginning_of_a_key_is_kept(start: Start, tmp_path: Path)
         one.fate(wrong) for wrong in (row.id, key[:-1], key + "x", key[:-1] + "!", "", "sk-hw-", "Ärger\udcff")
     ] == ["401 invalid_api_key"] * 7
     assert one.fate(row.id + "\udcff" * 31) == "401 invalid_api_key"
+
+
+async def test_who_presents_no_good_key_hears_whether_it_is_a_whole_one(start: Start) -> None:
+    one = await start()
+    row, key = await one.accounts.create_key("local", "ci", now=NOW)
+    await one.accounts.revoke(row.id, NOW)
+    said = []
+    for presented in (key, make_key(bytes(24)), key[:-1], "sk-another-kind", row.id):
+        with pytest.raises(ClientError) as caught:
+            one.accounts.identify(presented, NOW)
+        said.append(str(caught.value))
+    unknown, no_whole = "it is unknown here, or was revoked", "it is no whole key of this proxy's"
+    assert said == [f"Incorrect API key provided: {why}." for why in [unknown] * 2 + [no_whole] * 3]
 
 
 FATES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
