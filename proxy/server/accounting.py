@@ -145,6 +145,7 @@ class Entry:
         "_body_tokens",
         "_completion_tokens",
         "_end",
+        "_heir",
         "_identity",
         "_is_aside",
         "_meter",
@@ -175,6 +176,8 @@ class Entry:
         self._targets: tuple[Target, ...] = ()
         self._meter: Meter | None = None
         self._open: OpenCall | None = None
+        self._heir: Entry | None = None
+        """Who pays for the answer, where this one left it before it was opened."""
         self._end: End | None = None
         self._is_aside = False
         self.is_job = False
@@ -243,8 +246,11 @@ class Entry:
             self._completion_tokens = min(self._completion_tokens, PIECE_TOKENS)
             self._meter = Meter(self._hold_more, stop, accounting.tasks, self._completion_tokens)
         new = self._new
-        if terms.credits is not None or terms.have_budgets:
+        if self._heir is None and (terms.credits is not None or terms.have_budgets):
             new = new.holding(*await self._worth(self._completion_tokens))
+        if self._heir is not None:
+            # What is settled is not opened any more: nobody would close it.
+            return await self._heir.open(targets, stop)
         if self._is_written:
             self._open = OpenCall(new)
             if self._is_bound or not accounting.ledger.note_call(self._open):
@@ -305,7 +311,10 @@ class Entry:
 
     def hand_over(self, heir: Ticket) -> None:
         """This call leaves an answer; `heir`, the entry of one that stays, pays for it from now on."""
-        if self._open is None or not isinstance(heir, Entry):
+        if not isinstance(heir, Entry):
+            return
+        if self._open is None:
+            self._heir = heir
             return
         heir._open = OpenCall(heir._new)
         self._accounting.ledger.hand_over(self._open, heir._open)

@@ -152,12 +152,13 @@ _FREE = (JobState.FAILED, JobState.CANCELLED)
 _MOST = 2**40
 
 
-def open_call(books: Books, process: int, call: OpenCall, team_budgets: Budgets, key_budgets: Budgets) -> None:
+def open_call(
+    books: Books, process: int, call: OpenCall, new: NewCall, team_budgets: Budgets, key_budgets: Budgets
+) -> None:
     """Write an open call's row, with its credits and dollars held. Its number is the only one among the process's open calls.
 
     ClientError 404 when the team has no such job, 409 when the job has ended; BudgetExceededError; CreditsSpentError.
     """
-    new = call.new
     if new.job is not None:
         jobs.check_open(books.connection, new.team, new.job)
     books.spending.check(new.team, new.key, new.opened_at, team_budgets, key_budgets, new.hold_microusd)
@@ -187,8 +188,7 @@ def extend_call(
 
     OverloadedError when it is not open, for the disk took nothing when it began.
     """
-    if not books.has_row(call):
-        raise OverloadedError("ledger_unavailable", "The call could not be written when it began.")
+    _check_written(books, call)
     microcredits, microusd = more
     held = as_held(books, process, call.number, new)
     if microusd:
@@ -197,6 +197,11 @@ def extend_call(
         books.accounts.hold(new.team, microcredits)
     books.spending.add(new.team, new.key, new.opened_at, microusd, 0)
     books.holding[process, call.number] = (held.hold_microcredits + microcredits, held.hold_microusd + microusd)
+
+
+def _check_written(books: Books, call: OpenCall) -> None:
+    if not books.has_row(call):
+        raise OverloadedError("ledger_unavailable", "The call could not be written when it began.")
 
 
 def as_held(books: Books, process: int, number: int, new: NewCall) -> NewCall:
@@ -225,10 +230,11 @@ def close_noted(books: Books, process: int, numbers: Iterable[int], new: NewCall
     _finish(books, new, end)
 
 
-def hand_over(books: Books, process: int, number: int, new: NewCall, heir: OpenCall) -> None:
-    """Write the row of a call that takes over what another open one of its team, with that number, holds."""
-    new, taking = as_held(books, process, number, new), heir.new
-    books.holding[process, number] = (0, 0)
+def hand_over(books: Books, process: int, call: OpenCall, new: NewCall, heir: OpenCall) -> None:
+    """Write the row of a call that takes over what another open one of its team holds. OverloadedError when that is not open."""
+    _check_written(books, call)
+    new, taking = as_held(books, process, call.number, new), heir.new
+    books.holding[process, call.number] = (0, 0)
     books.spending.add(new.team, new.key, new.opened_at, -new.hold_microusd, 0)
     books.spending.add(taking.team, taking.key, taking.opened_at, new.hold_microusd, 0)
     open_heir(books, process, heir, taking.holding(new.hold_microcredits, new.hold_microusd))

@@ -127,14 +127,15 @@ class Ledger:
         takes nothing and the call holds credits, names a job or has a budget. One that costs nobody anything goes on.
         """
         call.number = call.number or next(self._numbers)
-        process = self._presence.number
+        # What it holds may have been handed over before it is written.
+        process, new = self._presence.number, call.new
         try:
             await self._writer.ask(
-                lambda books: calls.open_call(books, process, call, team_budgets, key_budgets), call.note_open
+                lambda books: calls.open_call(books, process, call, new, team_budgets, key_budgets), call.note_open
             )
         except sqlite3.Error as error:
             is_bound = team_budgets != NO_BUDGETS or key_budgets != NO_BUDGETS
-            if is_bound or call.new.hold_microcredits or call.new.job is not None:
+            if is_bound or new.hold_microcredits or new.job is not None:
                 raise _unavailable(error) from None
 
     async def extend_call(
@@ -187,18 +188,18 @@ class Ledger:
         self._writer.owe(partial(_close, *place, end, job_state, rounds_up))
 
     def hand_over(self, call: OpenCall, heir: OpenCall) -> None:
-        """Open another call of the same team, which takes over what an open one holds: both are to be closed.
+        """Open another call of the same team, which takes over what one holds: both are to be closed.
 
-        One that is closed, or not open yet, has nothing to hand over.
+        One that is closed, or was never to be opened, has nothing to hand over, nor has one that turns out to be refused.
         """
         if call.slot is not None and not call.is_closed:
             self._follow(call, heir)
             return
-        if not call.is_open or call.is_closed:
+        if not call.number or call.is_closed:
             return
         giver, heir.number = call.new, next(self._numbers)
         process = self._presence.number
-        self._writer.owe(lambda books: calls.hand_over(books, process, call.number, giver, heir), heir.note_open)
+        self._writer.owe(lambda books: calls.hand_over(books, process, call, giver, heir), heir.note_open)
         heir.new = heir.new.holding(giver.hold_microcredits, giver.hold_microusd)
         call.new, call.heir = giver.holding(0, 0), heir
         call.has_changed = heir.has_changed = True

@@ -1,0 +1,90 @@
+"""Entries of calls that share one answer: whoever leaves, and whenever, each has one row and what is held is held once."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from proxy.chat import LOCAL, Mode, Outcome, Status, Target, Usage
+from proxy.policy.credits import MICRO, BudgetMode
+from proxy.server.accounting import Accounting, Entry
+from proxy.server.app import opened_ledger, parts, state_of
+from proxy.store.account_rows import Team
+from proxy.store.credits import Balance, Cause
+from tests.conftest import make_settings
+
+PRIVATE, PUBLIC = Target("up", "gpt-4o-mini"), Target("up2", "gpt-4o-mini")
+TOKENS = {"budget_mode": BudgetMode.CONSUMPTION_TOKENS, "tokens_per_credit": 1}
+DOLLARS = {"budget_mode": BudgetMode.CONSUMPTION_USD}
+GIVEN = 10**6 * MICRO
+
+
+@pytest_asyncio.fixture
+async def accounting(tmp_path: Path) -> AsyncIterator[Accounting]:
+    """That of a server where the team has credit."""
+    settings = make_settings(tmp_path, "http://127.0.0.1:9/v1", "https://api.openai.com/v1")
+
+    def report(outcome: Outcome) -> None:
+        raise AssertionError
+
+    async with opened_ledger(settings) as ledger, parts(settings, report) as made:
+        await ledger.allocate("local", GIVEN, Cause(time.time()))
+        yield state_of(settings, made, ledger, report).accounting
+
+
+def left(mode: Mode = Mode.COALESCED, status: Status = Status.CANCELLED, usage: Usage | None = None) -> Outcome:
+    return Outcome("", "", PRIVATE, mode, status, 200, 1, 0.1, 0.2, usage, None)
+
+
+def whole(tokens: int) -> Outcome:
+    return left(Mode.RELAY, Status.OK, Usage(0, tokens))
+
+
+def stop(error: Exception) -> None:
+    raise AssertionError(error)
+
+
+@pytest.mark.parametrize("moment", ["before", "while its price is looked up", "while it is opened", "after"])
+@pytest.mark.parametrize("heirs", [1, 2])
+async def test_who_stays_holds_what_an_answer_may_cost_whenever_the_others_leave(
+    accounting: Accounting, moment: str, heirs: int
+) -> None:
+    is_priced = moment == "while its price is looked up"
+    await accounting.accounts.change(Team, "local", stops_when_spent=True, **(DOLLARS if is_priced else TOKENS))
+    targets = (PUBLIC if is_priced else PRIVATE,)
+    giver, *others = (accounting.entry(LOCAL, f"call-{number}", "gpt-4o") for number in range(1 + heirs))
+    if moment != "before":
+        opening = asyncio.ensure_future(giver.open(targets, stop))
+        await asyncio.sleep(0)
+        if moment == "after":
+            await opening
+    entries: list[Entry] = [giver, *others]
+    for leaving, staying in zip(entries, others, strict=False):
+        leaving.hand_over(staying)
+        leaving.settle(left())
+    meter = await (giver.open(targets, stop) if moment == "before" else opening)
+    ledger, last = accounting.ledger, others[-1]
+    assert [call.id for call in await ledger.calls_under_way()] == [f"call-{heirs}"]
+    held = (await ledger.balance("local")).reserved
+    if not is_priced:
+        assert held == 256 * MICRO
+    assert meter is not None
+    await meter.extend(256)
+    assert (await ledger.balance("local")).reserved == 2 * held > 0
+    last.settle(whole(300))
+    rows = (await ledger.calls()).rows
+    assert sorted((row.id, row.status) for row in rows) == [
+        *((f"call-{number}", Status.CANCELLED) for number in range(heirs)),
+        (f"call-{heirs}", Status.OK),
+    ]
+    charged = sum(row.settled_microcredits for row in rows)
+    assert await ledger.balance("local") == Balance(GIVEN, GIVEN - charged, 0, charged)
+    if not is_priced:
+        assert charged == 300 * MICRO
+    assert await ledger.calls_under_way() == []
