@@ -318,7 +318,9 @@ class Entry:
             return
         heir._open = OpenCall(heir._new)
         self._accounting.ledger.hand_over(self._open, heir._open)
-        heir._terms, heir._targets, heir._completion_tokens = self._terms, self._targets, self._completion_tokens
+        # A budget is its key's own, and the other may be of another key.
+        heir._terms = self._terms._replace(key_budgets=self._accounting.terms_of(heir._identity).key_budgets)
+        heir._targets, heir._completion_tokens = self._targets, self._completion_tokens
         if (meter := self._meter) is not None:
             heir._meter, meter.extend = meter, heir._hold_more
 

@@ -151,6 +151,9 @@ _FREE = (JobState.FAILED, JobState.CANCELLED)
 # More is no count but a mistake of an upstream's, and sums have to stay below 2**63.
 _MOST = 2**40
 
+# A thousand dollars are 10**15 micro-credits where a dollar is a million credits, the most it can be.
+_MOST_MICROCREDITS = 2**50
+
 
 def open_call(
     books: Books, process: int, call: OpenCall, new: NewCall, team_budgets: Budgets, key_budgets: Budgets
@@ -279,7 +282,7 @@ def _finish(books: Books, new: NewCall, end: End) -> None:
     accounts, held = books.accounts, new.hold_microcredits
     state = None if new.job is None else jobs.state_of(books.connection, new.team, new.job)
     job = None if state is None else new.job  # the name of a job that is not the team's is what a refused call said
-    worth = 0 if state in _FREE else min(end.charge_microcredits, _MOST)
+    worth = 0 if state in _FREE else min(end.charge_microcredits, _MOST_MICROCREDITS)
     settled = accounts.affordable(new.team, held, worth)
     if state is not None and state.is_open:
         accounts.resize(new.team, held, settled)

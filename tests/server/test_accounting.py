@@ -6,20 +6,28 @@ import asyncio
 import io
 import time
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from proxy.chat import LOCAL, Mode, Outcome, Status, Target, Usage
+from proxy.chat import LOCAL, NO_BUDGETS, Budgets, Mode, Outcome, Status, Target, Usage
 from proxy.policy.credits import MICRO, BudgetMode
 from proxy.server.accounting import Accounting, Entry
 from proxy.server.app import opened_ledger, parts, state_of
 from proxy.store.account_rows import Team
+from proxy.store.budgets import BudgetExceededError
 from proxy.store.credits import Balance, Cause
 from tests.conftest import make_settings
 
 PRIVATE, PUBLIC = Target("up", "gpt-4o-mini"), Target("up2", "gpt-4o-mini")
+PRICE = """
+[[price]]
+models = ["up/*"]
+input_usd_per_million = 0
+output_usd_per_million = 1000
+"""
 TOKENS = {"budget_mode": BudgetMode.CONSUMPTION_TOKENS, "tokens_per_credit": 1}
 DOLLARS = {"budget_mode": BudgetMode.CONSUMPTION_USD}
 GIVEN = 10**6 * MICRO
@@ -28,7 +36,7 @@ GIVEN = 10**6 * MICRO
 @pytest_asyncio.fixture
 async def accounting(tmp_path: Path) -> AsyncIterator[Accounting]:
     """That of a server where the team has credit."""
-    settings = make_settings(tmp_path, "http://127.0.0.1:9/v1", "https://api.openai.com/v1")
+    settings = make_settings(tmp_path, "http://127.0.0.1:9/v1", "https://api.openai.com/v1", more=PRICE)
 
     def report(outcome: Outcome) -> None:
         raise AssertionError
@@ -88,3 +96,25 @@ async def test_who_stays_holds_what_an_answer_may_cost_whenever_the_others_leave
     if not is_priced:
         assert charged == 300 * MICRO
     assert await ledger.calls_under_way() == []
+
+
+BUDGET = Budgets(total=300_000)
+
+
+@pytest.mark.parametrize(("his", "hers", "is_stopped"), [(BUDGET, NO_BUDGETS, False), (NO_BUDGETS, BUDGET, True)])
+async def test_who_takes_an_answer_over_is_held_to_a_budget_of_its_own(
+    accounting: Accounting, his: Budgets, hers: Budgets, is_stopped: bool
+) -> None:
+    """And not to that of another key of the team. A token costs 1,000 micro-dollars."""
+    await accounting.accounts.change(Team, "local", stops_when_spent=True, **TOKENS)
+    keys = [(await accounting.accounts.create_key("local", "", now=0, budgets=budgets))[0] for budgets in (his, hers)]
+    giver, heir = (accounting.entry(LOCAL._replace(key=key.id), key.id, "gpt-4o") for key in keys)
+    meter = await giver.open((PRIVATE,), stop)
+    assert meter is not None
+    giver.hand_over(heir)
+    giver.settle(left())
+    with pytest.raises(BudgetExceededError) if is_stopped else nullcontext():
+        await meter.extend(256)
+    heir.settle(whole(100))
+    assert (await accounting.ledger.calls()).rows[0].price_microusd == 100_000
+    assert (await accounting.ledger.balance("local")).reserved == 0

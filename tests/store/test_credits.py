@@ -51,6 +51,13 @@ async def test_every_change_has_a_row_with_before_and_after(ledger: Ledger) -> N
     assert [row.number for row in (await ledger.transactions("red", before=4, limit=2)).rows] == [3, 2]
 
 
+async def test_a_call_of_a_thousand_dollars_is_charged_in_full_at_a_million_credits_a_dollar(ledger: Ledger) -> None:
+    worth = 1_000 * 10**6 * 10**6
+    await ledger.allocate("red", 2 * worth, Cause(NOW))
+    ledger.close_call(await opened(ledger, new(hold_microcredits=worth)), done(worth))
+    assert await ledger.balance("red") == Balance(2 * worth, worth, 0, worth)
+
+
 async def test_what_is_not_there_cannot_be_taken(ledger: Ledger) -> None:
     await ledger.allocate("red", 100, Cause(NOW))
     await opened(ledger, new(hold_microcredits=60))
