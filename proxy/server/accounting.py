@@ -272,7 +272,9 @@ class Entry:
         """Hold what so many more tokens of the answer may cost. As Ledger.extend_call."""
         if (opened := self._open) is None or self._end is not None:
             return
-        worth = await self._worth(self._completion_tokens + tokens)
+        # Now, for an heir that comes meanwhile is to count them too; and after a refusal nothing more is asked for.
+        self._completion_tokens += tokens
+        worth = await self._worth(self._completion_tokens)
         await self._accounting.ledger.extend_call(
             opened,
             max(0, worth.microcredits - opened.new.hold_microcredits),
@@ -280,7 +282,6 @@ class Entry:
             team_budgets=self._terms.team_budgets,
             key_budgets=self._terms.key_budgets,
         )
-        self._completion_tokens += tokens
 
     async def _worth(self, completion_tokens: int) -> _Worth:
         """What it is worth with so long an answer, at the dearest of its targets. ClientError 403 where none is known."""

@@ -46,7 +46,8 @@ class Presence:
 
     def __init__(self, database: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """`database` is the file, or NOWHERE; `clock` is for its notes. UnusableError when no file can be made beside it."""
-        self.database = database
+        # Who opens it by a link is to find the same files beside it, as SQLite does.
+        self.database = database = database if database == NOWHERE else database.resolve()
         self._token = uuid4().hex
         self._lock: int | None = None
         self.number = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import time
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
@@ -96,6 +95,22 @@ async def test_who_stays_holds_what_an_answer_may_cost_whenever_the_others_leave
     if not is_priced:
         assert charged == 300 * MICRO
     assert await ledger.calls_under_way() == []
+
+
+async def test_what_is_added_while_an_answer_changes_hands_is_added_once(accounting: Accounting) -> None:
+    await accounting.accounts.change(Team, "local", stops_when_spent=True, **TOKENS)
+    giver, heir = (accounting.entry(LOCAL, call_id, "gpt-4o") for call_id in ("giver", "heir"))
+    meter = await giver.open((PRIVATE,), stop)
+    assert meter is not None
+    adding = asyncio.ensure_future(meter.extend(256))
+    await asyncio.sleep(0)
+    giver.hand_over(heir)
+    giver.settle(left())
+    await adding
+    await meter.extend(256)
+    assert (await accounting.ledger.balance("local")).reserved == 3 * 256 * MICRO
+    heir.settle(whole(1))
+    assert (await accounting.ledger.balance("local")).reserved == 0
 
 
 BUDGET = Budgets(total=300_000)

@@ -379,6 +379,18 @@ async def test_a_noted_call_that_a_kill_leaves_is_interrupted(start: Start, path
     check_books(path)
 
 
+async def test_one_that_came_by_a_link_is_seen_to_live(start: Start, path: Path, tmp_path: Path) -> None:
+    """SQLite follows it too: https://www.sqlite.org/howtocorrupt.html, "Multiple links to the same file"."""
+    one, link = await start(), tmp_path / "elsewhere" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    await opened(one.ledger, new("opened"))
+    noted(one.ledger, new("noted"))
+    async with starting(link) as start_there:
+        under_way = await (await start_there()).ledger.calls_under_way()
+        assert sorted(call.id for call in under_way) == ["noted", "opened"]
+
+
 async def test_a_kill_before_the_row_of_a_noted_call_leaves_its_note(start: Start) -> None:
     one = await start()
     one.ledger.close_call(noted(one.ledger, new()), done())
