@@ -280,8 +280,11 @@ class Pipeline:
         if hit is None:
             if lookup is not None and lookup.wish.only_if_cached:
                 raise _not_cached()
-            if answer.call.ticket is not None:
-                answer.meter = await answer.call.ticket.open(answer.call.route.targets, partial(self._refuse, answer))
+            call = answer.call
+            if call.ticket is not None:
+                # One body cannot be stopped midway.
+                stop = partial(self._refuse, answer) if call.request.wants_stream else None
+                answer.meter = await call.ticket.open(call.route.targets, stop)
             await self._producer.produce(answer, watch)
             return
         await self._replays.give(answer, hit)
