@@ -282,8 +282,9 @@ class Pipeline:
                 raise _not_cached()
             call = answer.call
             if call.ticket is not None:
-                # One body cannot be stopped midway.
-                stop = partial(self._refuse, answer) if call.request.wants_stream else None
+                # Who gets nothing before the end would have nothing of an answer that is stopped midway.
+                grows = call.request.wants_stream and not answer.delivers_whole
+                stop = partial(self._refuse, answer) if grows else None
                 answer.meter = await call.ticket.open(call.route.targets, stop)
             await self._producer.produce(answer, watch)
             return

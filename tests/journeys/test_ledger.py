@@ -330,11 +330,15 @@ async def test_a_stream_ends_where_the_credit_does(upstream: FakeUpstream, proxy
     assert left + used == 700
 
 
-async def test_what_cannot_be_stopped_midway_is_held_as_a_whole(upstream: FakeUpstream, proxy: Proxy) -> None:
-    """Else one body would be given for what is left, however long it is."""
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_delivered_as_a_whole_is_held_as_a_whole(
+    upstream: FakeUpstream, proxy: Proxy, stream: bool
+) -> None:
+    """Else one body would be given for what is left, however long it is; and who was stopped would pay for nothing."""
     upstream.plays(answer({**COMPLETION, "usage": {"prompt_tokens": 7, "completion_tokens": 900}}))
     await give(proxy, 300, **TOKENS, hard_stop=True)
-    status, body = await ask(proxy, await key_of(proxy), max_tokens=900)
+    headers = await key_of(proxy) | {"x-headwater-delivery": "whole"}
+    status, body = await ask(proxy, headers, max_tokens=900, stream=stream)
     assert (status, body["error"]["code"]) == (402, "insufficient_credits")
     assert not upstream.requests
 
