@@ -338,6 +338,22 @@ async def test_a_backup_is_whole_while_others_write(start: Start, path: Path, tm
     assert look(copy, "SELECT remaining FROM credit_account") == [(100,)]
 
 
+async def test_who_is_refused_has_nothing_to_hand_over(start: Start, path: Path) -> None:
+    ledger = (await start()).ledger
+    await ledger.allocate("red", 100, Cause(NOW))
+    giver, heir = OpenCall(new("giver", hold_microcredits=200)), OpenCall(new("heir"))
+    opening = asyncio.ensure_future(ledger.open_call(giver))
+    await asyncio.sleep(0)
+    ledger.hand_over(giver, heir)
+    with pytest.raises(CreditsSpentError):
+        await opening
+    for call in (giver, heir):
+        ledger.close_call(call, done(status=Status.REJECTED))
+    assert await ids(ledger) == [("giver", Status.REJECTED), ("heir", Status.REJECTED)]
+    assert (ledger.lost, await ledger.balance("red")) == (0, Balance(100, 100, 0, 0))
+    check_books(path)
+
+
 # ---------------------------------------------------------------------- calls that hold nothing
 
 
