@@ -7,8 +7,10 @@ events in one write, last events and the end in one write. Heads are put togethe
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import lru_cache
 from http.client import responses
 from typing import Any
 
@@ -62,10 +64,26 @@ def _date_line() -> bytes:
     return _date[1]
 
 
+# What is said of the operator's account at an upstream: what is left of it, and whose it is. And of the cache, the number of
+# the entry: they are counted over all teams.
+_OF_ALL_TEAMS = re.compile(r"rate-?limit|^(openai-(organization|project)|anthropic-organization|x-cache-entry)", re.I)
+
+
+def for_team(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of an answer's headers those that tell a team nothing of the others."""
+    return {name: value for name, value in headers.items() if not _is_of_all_teams(name)}
+
+
+@lru_cache(maxsize=1024)
+def _is_of_all_teams(name: str) -> bool:
+    return _OF_ALL_TEAMS.search(name) is not None
+
+
 class Downstream:
     """The answer to one request that was taken from a connection: a log's stream, its one body, or an error.
 
-    `headers` go out with it, whatever it is. `on_over` is called once, when it is written or cannot be written any more.
+    `headers` go out with it, whatever it is; of the log's own, what is for a team where `is_for_team` is set. `on_over` is
+    called once, when it is written or cannot be written any more.
     A client that takes nothing for `send_timeout_s` is cut off.
     """
 
@@ -89,6 +107,7 @@ class Downstream:
         "_timer",
         "_transport",
         "headers",
+        "is_for_team",
     )
 
     def __init__(
@@ -120,6 +139,7 @@ class Downstream:
         self._opening = b""
         self._shape: Callable[[bytes], bytes] | None = None
         self.headers: dict[str, str] = {}
+        self.is_for_team = False
         connection.begin(self)
 
     # What is to be answered: one of these.
@@ -165,6 +185,9 @@ class Downstream:
         status, headers, body = error_parts(error)
         self._send(_first_part(status, headers) + _LENGTH % len(body), body)
 
+    def _told(self, log: AnswerLog) -> bytes:
+        return header_lines(for_team(log.headers) if self.is_for_team else log.headers)
+
     # As the log's sink.
 
     def write(self, segment: bytes) -> bool:
@@ -202,7 +225,7 @@ class Downstream:
             # No chunks there: only the end of the connection says where the stream ends.
             self._keeps_alive = False
             framing = _CLOSE
-        lines = header_lines(self.headers) + header_lines(self._log.headers)
+        lines = header_lines(self.headers) + self._told(self._log)
         return b"%b%b%b%b\r\n" % (_STREAM_HEAD, framing, _date_line(), lines)
 
     # One body.
@@ -227,7 +250,7 @@ class Downstream:
         self._send_body(log, await asyncio.to_thread(shape, whole))
 
     def _send_body(self, log: AnswerLog, body: bytes) -> None:
-        self._send(_JSON_HEAD + _LENGTH % len(body) + header_lines(log.headers), body)
+        self._send(_JSON_HEAD + _LENGTH % len(body) + self._told(log), body)
 
     def _send(self, first_part: bytes, body: bytes) -> None:
         connection = b""

@@ -20,7 +20,7 @@ from proxy.policy.limits import most_completion_tokens
 from proxy.server.accounting import Entry
 from proxy.server.auth import caller_of, check_model, may_ask, may_ask_any
 from proxy.server.door import Later, Way
-from proxy.server.downstream import Downstream, cut, json_response
+from proxy.server.downstream import Downstream, cut, for_team, json_response
 from proxy.server.middleware import VISIT, Visit
 from proxy.server.state import STATE, State
 from proxy.wire.headers import STREAM_HEADERS, downstream_headers, header_value, upstream_headers
@@ -169,7 +169,8 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         entry.admit(visit.headers, len(body or b""), None if _last_word(path) in _GENERATING else 0)
         visit.is_call = True
         async with state.passing.pass_on(visit.id, target, request.method, path, body, headers, entry) as reply:
-            down = CIMultiDict(downstream_headers(reply.headers))
+            told = downstream_headers(reply.headers)
+            down = CIMultiDict(for_team(told) if visit.identity.key else told)
             down["x-headwater-target"] = header_value(str(target))
             if reply.headers.get("Content-Type", "").startswith("text/event-stream"):
                 down.update(STREAM_HEADERS)

@@ -146,6 +146,55 @@ async def test_no_key_passes_the_proxy_in_either_direction(upstream: FakeUpstrea
         assert "dTpw" not in str(request.headers)
 
 
+_ACCOUNT = {
+    "x_ratelimit_limit_requests": "1000",
+    "x_ratelimit_remaining_requests": "998",
+    "anthropic_ratelimit_tokens_remaining": "77",
+    "openai_organization": "org-of-the-operator",
+}
+
+
+@pytest.mark.parametrize("limits", [{}, {"requests_per_minute": 9}])
+async def test_a_team_is_told_what_is_left_to_itself_and_not_to_all(
+    upstream: FakeUpstream, proxy: Proxy, limits: dict[str, int]
+) -> None:
+    """They share the operator's account at the upstream: what of it is left tells what others have taken."""
+    own = [str(limit) for limit in limits.values()]
+    headers = bearer((await made_key(proxy, team="alpha", **limits))["key"])
+
+    async def told(path: str, **members: Any) -> None:
+        async with proxy.post(path, {"model": "model-a", "messages": _MESSAGES, **members}, headers=headers) as response:
+            assert response.status == 200
+            assert await response.read()
+            assert response.headers["openai-processing-ms"] == "17"
+            assert response.headers.getall("x-ratelimit-limit-requests", []) == own
+            said = str(response.headers)
+        assert not [value for value in _ACCOUNT.values() if f"'{value}'" in said]
+
+    upstream.plays(answer(openai_processing_ms="17", **_ACCOUNT))
+    await told("/chat/completions", seed=1)
+    await told("/chat/completions", seed=2, stream=True)
+    await told("/embeddings", input="Hi")
+
+
+async def test_nothing_tells_a_team_how_much_others_ask(upstream: FakeUpstream, proxy: Proxy) -> None:
+    upstream.plays(HELLO)
+    alpha, beta = [bearer((await made_key(proxy, team=team))["key"]) for team in ("alpha", "beta")]
+    found = []
+    for other in range(3):
+        async with proxy.chat(headers=beta, seed=other) as response:
+            await response.read()
+        async with asyncio.timeout(_LONG):
+            while await fate(proxy, alpha, seed=other) != "hit; exact":
+                pass
+        async with proxy.chat(headers=alpha, seed=other) as response:
+            assert response.headers["x-cache"] == "hit; exact"
+            assert "x-cache-entry" not in response.headers
+            found.append(int(response.headers["x-request-id"].replace("-", ""), 16))
+    steps = {found[1] - found[0], found[2] - found[1]}
+    assert all(abs(step) > 2**40 for step in steps), "no call's id is near that of the one before it"
+
+
 async def test_a_team_shares_its_answers_and_nobody_elses(upstream: FakeUpstream, proxy: Proxy) -> None:
     """The cache, answers under way, and streams that are read again."""
     upstream.plays(HELLO)
