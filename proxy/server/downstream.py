@@ -66,7 +66,7 @@ def _date_line() -> bytes:
 
 # What is said of the operator's account at an upstream: what is left of it, and whose it is. And of the cache, the number of
 # the entry: they are counted over all teams.
-_OF_ALL_TEAMS = re.compile(r"rate-?limit|^(openai-(organization|project)|anthropic-organization|x-cache-entry)", re.I)
+_OF_ALL_TEAMS = re.compile(r"rate-?limit|^(openai-(organization|project)|anthropic-organization|x-cache-entry)")
 
 
 def for_team(headers: Mapping[str, str]) -> dict[str, str]:
@@ -76,7 +76,7 @@ def for_team(headers: Mapping[str, str]) -> dict[str, str]:
 
 @lru_cache(maxsize=1024)
 def _is_of_all_teams(name: str) -> bool:
-    return _OF_ALL_TEAMS.search(name) is not None
+    return _OF_ALL_TEAMS.search(name.lower()) is not None
 
 
 class Downstream:

@@ -27,6 +27,7 @@ from proxy.wire.headers import STREAM_HEADERS, downstream_headers, header_value,
 from proxy.wire.requests import parse_chat_request, parse_object, parse_wishes, required_model, with_one_model
 
 CHAT_PATH = "/v1/chat/completions"
+_CHAT_WORDS = ["v1", "chat", "completions"]
 
 JOB, PURPOSE = "x-headwater-job", "x-headwater-purpose"
 """The headers by which a call says which job it belongs to, and in a word of its own what it is for."""
@@ -152,7 +153,11 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     """
     state = request.app[STATE]
     visit = request[VISIT]
-    if visit.identity.key and not (request.method == "POST" and _first_word(request.path) not in _OF_THE_ACCOUNT):
+    words = _words(request.path)
+    if request.method == "POST" and words == _CHAT_WORDS:
+        # An upstream may take it for a chat request, and nobody would mend or count the answer.
+        raise ClientError(404, "not_found", f"Chat requests are served at {CHAT_PATH}, by no other spelling of it.")
+    if visit.identity.key and (request.method != "POST" or _OF_THE_ACCOUNT.intersection(words[1:2])):
         raise _nameless()
     body = await request.read() if request.can_read_body else None
     entry, target, body = _target_of(state, visit, request.content_type, request.headers, body)
@@ -242,7 +247,6 @@ def _last_word(path: str) -> str:
     return path.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
-def _first_word(path: str) -> str:
-    """What comes first behind /v1/, also for an upstream that takes `//` and `/./` out of a path (RFC 3986 §5.2.4)."""
-    words = [word for word in path.lower().split("/") if word not in ("", ".")]
-    return words[1] if len(words) > 1 else ""
+def _words(path: str) -> list[str]:
+    """What stands between the slashes, as an upstream sees it that takes `//` and `/./` out of a path (RFC 3986 §5.2.4)."""
+    return [word for word in path.lower().split("/") if word not in ("", ".")]
