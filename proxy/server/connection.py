@@ -19,6 +19,7 @@ from collections import deque
 from typing import Any, Protocol
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
@@ -54,6 +55,10 @@ class Door(Protocol):
 
     def take(self, connection: ClientConnection, message: RawRequestMessage, payload: StreamReader) -> None:
         """Answer the request, beginning with `ClientConnection.begin`. Its body is there, or still comes."""
+        ...
+
+    def unsound(self) -> web.Response:
+        """The answer to what is no request of HTTP."""
         ...
 
 
@@ -181,6 +186,26 @@ class ClientConnection(RequestHandler):
         super().resume_writing()
         if self._answering is not None:
             self._answering.drained()
+
+    # What aiohttp says where a request is no such thing: in words of its own, and in our log with a trace for each.
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        response = self._door.unsound()
+        response.force_close()
+        return response
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        # A body that cannot be read is its sender's fault, who was told so.
+        if not isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kw)
 
     def _process_keepalive(self) -> None:
         if self._answering is not None:

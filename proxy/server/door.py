@@ -21,7 +21,7 @@ from aiohttp.streams import StreamReader
 
 from proxy.errors import ClientError
 from proxy.server.connection import ClientConnection
-from proxy.server.downstream import Downstream
+from proxy.server.downstream import SERVER, Downstream, error_response
 from proxy.server.middleware import Visit, admit, failure_of, identify, report_left, report_refused, visit_of
 from proxy.server.state import State
 
@@ -97,6 +97,13 @@ class Door:
             down.receive(work).add_done_callback(partial(self._received, visit, started))
         except Exception as error:
             self._refuse(down, visit, message, error, started)
+
+    def unsound(self) -> web.Response:
+        """The answer to what is no request of HTTP, or has too long a head: nobody knows for whom it is."""
+        words = "This is no HTTP request that can be understood, or its address or a header is too long."
+        response = error_response(ClientError(400, "invalid_request", words))
+        response.headers["Server"] = SERVER
+        return response
 
     def _received(self, visit: Visit, started: float, task: asyncio.Task[None]) -> None:
         if task.cancelled():

@@ -80,6 +80,9 @@ class Gate:
         else:
             self.taken.put_nowait(taken)
 
+    def unsound(self) -> web.Response:
+        return web.Response(status=400)
+
     async def next(self) -> Taken:
         async with asyncio.timeout(_LONG):
             return await self.taken.get()

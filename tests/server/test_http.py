@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import zlib
 from collections.abc import AsyncIterator, Callable
 
@@ -332,10 +333,12 @@ async def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused(upstream: 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
 async def test_a_body_that_cannot_be_unpacked_is_the_clients_fault(
-    upstream: FakeUpstream, proxy: Proxy, client: Client, coding: str, path: str
+    upstream: FakeUpstream, proxy: Proxy, client: Client, coding: str, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     client.send(request(f"POST {path}", f"Content-Encoding: {coding}", body=b"not packed at all"))
     assert (await client.answer()).status in (400, 415)
+    await client.rest()
+    assert caplog.messages == []
     assert (await proxy.ledger.next())["status"] == "client_error"
     assert upstream.requests == []
 
@@ -387,7 +390,12 @@ _UNSOUND = {
 @pytest.mark.parametrize("words", _UNSOUND.values(), ids=_UNSOUND.keys())
 @pytest.mark.parametrize("comes", ["first", "behind an answer"])
 async def test_what_is_unsound_is_refused_and_nothing_behind_it_is_heard(
-    upstream: FakeUpstream, proxy: Proxy, client: Client, words: bytes, comes: str
+    upstream: FakeUpstream,
+    proxy: Proxy,
+    client: Client,
+    words: bytes,
+    comes: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """RFC 9112 §2.2, §3, §5, §6 and §7; RFC 9110 §5.5."""
     if comes == "behind an answer":
@@ -397,6 +405,11 @@ async def test_what_is_unsound_is_refused_and_nothing_behind_it_is_heard(
     # Where we close while more still comes in, TCP may take the answer back (RFC 9112 §9.6).
     assert rest == b"" or rest.startswith((b"HTTP/1.0 4", b"HTTP/1.1 4"))
     assert b"answer to" not in rest
+    if rest:
+        head, _, body = rest.partition(b"\r\n\r\n")
+        assert b"\r\nServer: headwater/" in head
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert caplog.messages == [], "it is no failure of ours"
     async with proxy.get("/health") as response:
         assert response.status == 200
     assert upstream.requests == []
