@@ -72,7 +72,13 @@ _EXPOSED = (
     "x-headwater-stream",
     "x-headwater-error-source",
     "x-headwater-job",
+    "x-cache",
+    "x-cache-score",
+    "x-cache-age",
+    "x-cache-entry",
+    *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
     "retry-after",
+    "x-should-retry",
 )
 # Who comes back to an answer makes no new call.
 _OPEN_WHILE_DRAINING = ("/health", "/ready", "/metrics", "/v1/streams/")

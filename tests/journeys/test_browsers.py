@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import Proxy, Start
 from tests.fakes.upstream import FakeUpstream, answer, refuse
+from tests.server.test_auth import KEYS, made_key
 
 PAGE = "https://chat.example"
 
@@ -51,6 +52,21 @@ async def test_a_page_that_was_named_is_served(upstream: FakeUpstream, start: St
 
     async with proxy.chat(headers={"Origin": "https://evil.example"}) as response:
         assert response.status == 403
+
+
+async def test_a_named_page_may_read_what_it_is_told_in_headers(upstream: FakeUpstream, start: Start) -> None:
+    """A browser shows a page of another origin only the headers that are named (https://fetch.spec.whatwg.org/#cors-protocol)."""
+    proxy = await start(auth=KEYS, server={"cors_origins": [PAGE]}, cache={"exact": True, "semantic": False})
+    upstream.plays(answer())
+    key = await made_key(proxy, requests_per_minute=1, tokens_per_minute=2000)
+    for status, max_tokens in ((200, 5), (429, 5), (429, 5000)):
+        asked = {"Origin": PAGE, "Authorization": f"Bearer {key['key']}"}
+        async with proxy.chat(headers=asked, max_tokens=max_tokens) as response:
+            assert response.status == status
+            exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
+            told = {name.lower() for name in response.headers}
+        assert {name for name in told if name.startswith("x-") or name == "retry-after"} <= set(exposed)
+    assert {"x-should-retry", "x-ratelimit-reset-tokens"} <= told
 
 
 async def test_a_named_page_may_read_a_stream_and_an_error(upstream: FakeUpstream, start: Start) -> None:
