@@ -144,9 +144,10 @@ def _sums(sums: Sums) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------- CSV
 
-# What makes a formula of a cell (https://owasp.org/www-community/attacks/CSV_Injection), and what a reader strips to find it.
-_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-_LEADING = ("\t", "\r", "\n", "\0")
+# Where a spreadsheet might begin a cell with what makes a formula of it, or with what is stripped to find that
+# (https://owasp.org/www-community/attacks/CSV_Injection): at the beginning, and behind what it may take for the end of a cell.
+# In many countries that is a semicolon, whatever the file was written with.
+_RISKS = re.compile(r"^(?=[\t\r\n\0])|(?:^|(?<=[;\t\r\n]))(?=\s*[=+\-@＝＋－＠]|')")
 
 
 def as_csv(by: Sequence[Group], rows: Sequence[UsageRow]) -> str:
@@ -173,8 +174,7 @@ def text(group: Group, value: str | int) -> str:
 
 def cell(value: str) -> str:
     """A text as a spreadsheet may see it."""
-    is_formula = value.lstrip().startswith(_FORMULA) or value.startswith(_LEADING)
-    return f"'{value}" if is_formula or value.startswith("'") else value
+    return _RISKS.sub("'", value)
 
 
 def _numbers(sums: Sums) -> list[str]:
