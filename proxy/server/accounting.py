@@ -110,7 +110,7 @@ class Accounting:
         purpose: str = "",
     ) -> Entry:
         """The entry of a call that begins now. `user` is what the request says of its user, a text or anything."""
-        entry = Entry(self, identity, call_id, model, _word(user), job, purpose[:_MAX_WORD])
+        entry = Entry(self, identity, call_id, model[:_MAX_WORD], _word(user), job, purpose[:_MAX_WORD])
         if job is not None:
             self._of_jobs.setdefault(job, {})[entry] = asyncio.get_running_loop().create_future()
         return entry

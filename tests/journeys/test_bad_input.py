@@ -55,6 +55,16 @@ async def test_a_body_that_is_no_json_is_refused(upstream: FakeUpstream, proxy: 
     assert (row["attempts"], row["target"]) == (0, None)
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/embeddings"])
+async def test_a_name_that_is_far_too_long_is_nobodys_and_is_not_kept(
+    upstream: FakeUpstream, proxy: Proxy, path: str
+) -> None:
+    error = await refused(proxy, {"model": "m" * 100_000, "messages": HI}, 404, path)
+    assert error["code"] == "model_not_found"
+    assert (await proxy.ledger.next())["model"] == "m" * 256
+    assert upstream.requests == []
+
+
 @pytest.mark.parametrize("depth", [950, 960, 970, 980, 985, 990, 995, 1000, 1010, 1020])
 async def test_no_depth_of_nesting_is_our_failure(upstream: FakeUpstream, proxy: Proxy, depth: int) -> None:
     """Python's JSON parser and its writer give up at different depths; a lone surrogate needs both."""

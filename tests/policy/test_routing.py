@@ -30,6 +30,15 @@ def make(*, models: dict[str, tuple[str, ...]] | None = None, **upstreams: tuple
     )
 
 
+def test_what_is_too_long_for_a_name_is_none() -> None:
+    """Names are remembered, and told in headers, logs and metrics."""
+    routes = make(a=("*",))
+    assert routes.resolve("m" * 256).targets == (Target("a", "m" * 256),)
+    with pytest.raises(ClientError) as refused:
+        routes.resolve("m" * 257)
+    assert (refused.value.code, len(refused.value.message) < 400) == ("model_not_found", True)
+
+
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
