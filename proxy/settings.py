@@ -30,6 +30,18 @@ UsdPerMillion = Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
+def _as_path(value: Any) -> Any:
+    """The path that a text names. An empty one would be the directory the command is run in."""
+    if isinstance(value, Path):
+        return value
+    if isinstance(value, str) and (text := value.strip()) and "\0" not in text:
+        return Path(text)
+    raise PydanticCustomError("path", "must be a path")
+
+
+FilePath = Annotated[Path, BeforeValidator(_as_path)]
+
+
 class _Section:
     __slots__ = ()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", str_strip_whitespace=True)
@@ -57,7 +69,7 @@ class AuthSettings(_Section):
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings(_Section):
-    path: Path = Path("var/headwater.db")
+    path: FilePath = Path("var/headwater.db")
 
     @property
     def cache_path(self) -> Path:
@@ -160,15 +172,15 @@ class UpstreamSettings(_Section):
     base_url: str = field(repr=False)
     dialect: Literal["openai"] = "openai"
     api_key_env: Variable | None = None
-    api_key_file: Path | None = None
+    api_key_file: FilePath | None = None
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     stream: Literal["auto", "always", "never"] = "auto"
     prefill: Literal["auto", "prefix", "continue_final_message", "never"] = "auto"
     proxy: Annotated[str, Field(min_length=1)] | None = field(default=None, repr=False)
-    unix_socket: Path | None = None
-    ca_file: Path | None = None
-    client_cert_file: Path | None = None
-    client_key_file: Path | None = None
+    unix_socket: FilePath | None = None
+    ca_file: FilePath | None = None
+    client_cert_file: FilePath | None = None
+    client_key_file: FilePath | None = None
 
 
 @dataclass(frozen=True, slots=True)

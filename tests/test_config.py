@@ -210,6 +210,8 @@ def test_targets_may_be_written_as_tables_of_their_own(tmp_path: Path) -> None:
         ("[streaming]\ncircuit_cooldown_s = 0\n", "c.toml:2: streaming.circuit_cooldown_s"),
         ("[server]\n\nport = 70_000\n", "c.toml:3: server.port"),
         ('[server]\nlog_format = "xml"\n', "c.toml:2: server.log_format"),
+        ('[store]\npath = " "\n', "c.toml:2: store.path: must be a path"),
+        ("[store]\npath = 3\n", "c.toml:2: store.path: must be a path"),
         ("server = 3\n", "c.toml:1: server"),
         ('upstream = ["x"]\n', "c.toml:1: upstream[0]"),
         ('[[upstream]]\nname = "a"\n', "c.toml:1: upstream[0].base_url"),
@@ -229,6 +231,7 @@ def test_targets_may_be_written_as_tables_of_their_own(tmp_path: Path) -> None:
         (UPSTREAM + 'api_key_env = "ODD"\n', "c.toml:1: upstream[0]"),
         (UPSTREAM + 'api_key_file = "/nowhere/at/all"\n', "c.toml:1: upstream[0]"),
         (UPSTREAM + 'api_key_file = "/dev/null"\n', "c.toml:1: upstream[0]"),
+        (UPSTREAM + 'api_key_file = "a\\u0000b"\n', "c.toml:4: upstream[0].api_key_file: must be a path"),
         (UPSTREAM + f'api_key = "{SECRET}"\n', "c.toml:4: upstream[0].api_key"),
         (UPSTREAM + f'api_key_env = "{SECRET}"\n', "c.toml:"),  # the key, where its name belongs
         (f'[secrets]\na = "{SECRET}"\n', "c.toml:1: secrets"),
@@ -313,6 +316,7 @@ def test_the_environment_overrides_the_file(
     [
         ("FORCE_NON_STREAMING", "maybe"),
         ("HEADWATER_SERVER__PORT", "70000"),
+        ("HEADWATER_STORE__PATH", ""),
         ("HEADWATER_SERVER__HOST", "0.0.0.0"),
         ("HEADWATER_SERVER__NOTHING", "1"),
         ("HEADWATER_UPSTREAM__NAME", "1"),
