@@ -17,13 +17,14 @@ from typing import Any
 from proxy.errors import ClientError, ConfigError
 from proxy.policy.credits import MICRO
 from proxy.server import reports
-from proxy.settings import Settings
+from proxy.settings import Settings, StoreSettings
 from proxy.store import db, usage
 from proxy.store.backup import backup
 from proxy.store.migrations import MAIN
 from proxy.store.usage import Group, Sums, UsageRow
 
 _UNKNOWN = "-"
+_LOGS = ("-wal", "-journal")  # https://www.sqlite.org/tempfiles.html
 _FEWEST_DECIMALS, _MOST_DECIMALS = 2, 6
 # A line of a terminal has no room for all that CSV has.
 _HEADS = (
@@ -132,8 +133,8 @@ def _shown(name: str) -> str:
 
 async def _backup(options: argparse.Namespace, settings: Settings) -> int:
     source, target = settings.store.path, options.file
-    _check_place(settings, target, options.force)
     try:
+        _check_place(settings, target, options.force)
         size = await backup(source, target)
     except (OSError, sqlite3.Error) as error:
         print(f"headwater: {source} could not be copied to {target}: {error}", file=sys.stderr)
@@ -152,15 +153,22 @@ def _check_place(settings: Settings, target: Path, force: bool) -> None:
         raise ConfigError([f"store.path: there is no {settings.store.path} to copy"])
     if not target.parent.is_dir():
         raise ConfigError([f"FILE: there is no directory {target.parent}"])
-    if not target.exists():
-        return
-    store = settings.store
-    if any(ours.exists() and target.samefile(ours) for ours in (store.path, store.cache_path, store.key_secret_path)):
+    if _is_ours(target, settings.store):
         raise ConfigError([f"FILE: {target} is the proxy's own"])
-    if not target.is_file():
+    if target.exists() and not target.is_file():
         raise ConfigError([f"FILE: {target} is no file"])
-    if not force:
+    if target.exists() and not force:
         raise ConfigError([f"FILE: {target} is there already: --force replaces it"])
     # SQLite would take it for what is to be written to the copy (https://www.sqlite.org/howtocorrupt.html, section 1.4).
-    if (log := target.with_name(f"{target.name}-wal")).exists():
-        raise ConfigError([f"FILE: {target} is a database in use, or was when its program died: {log} is there"])
+    for suffix in _LOGS:
+        if (log := target.with_name(f"{target.name}{suffix}")).exists():
+            raise ConfigError([f"FILE: {target} is a database in use, or was when its program died: {log} is there"])
+
+
+def _is_ours(target: Path, store: StoreSettings) -> bool:
+    """Whether it is a file of the proxy's, or has the name of one that is not there now."""
+    databases = (store.path, store.cache_path)
+    if any(ours.exists() and target.exists() and target.samefile(ours) for ours in (*databases, store.key_secret_path)):
+        return True
+    names = {f"{database.name}{suffix}" for database in databases for suffix in ("", "-shm", *_LOGS)}
+    return target.parent.samefile(store.path.parent) and target.name in names | {store.key_secret_path.name}

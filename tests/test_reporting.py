@@ -217,6 +217,15 @@ def test_what_cannot_be_told_is_said_in_one_line(run: Run, arguments: list[str],
     assert error.startswith(f"headwater: {words}")
 
 
+def test_a_path_that_the_system_refuses_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it refuses what stands in a directory of somebody else's."""
+    name = "n" * 300
+    monkeypatch.setenv("HEADWATER_STORE__PATH", name)
+    words = f"[Errno 36] File name too long: '{name}'"
+    assert run("usage") == (2, "", f"headwater: store.path: {name} cannot be read: {words}\n")
+    assert run("backup", "a.db") == (1, "", f"headwater: {name} could not be copied to a.db: {words}\n")
+
+
 # ---------------------------------------------------------------------- backup
 
 
@@ -242,6 +251,8 @@ def test_nothing_is_overwritten_that_is_no_backup(run: Run, path: Path) -> None:
     path.with_name("used.db").touch()
     path.with_name("used.db-wal").touch()
     path.with_name("link.db").symlink_to(path.name)
+    path.with_name("gone.db-wal").touch()
+    path.with_name("torn.db-journal").touch()
     for arguments, words in (
         (["old.db"], "old.db is there already: --force replaces it"),
         (["headwater.db", "--force"], "headwater.db is the proxy's own"),
@@ -250,6 +261,12 @@ def test_nothing_is_overwritten_that_is_no_backup(run: Run, path: Path) -> None:
         ([".", "--force"], ". is no file"),
         (["/dev/null", "--force"], "/dev/null is no file"),
         (["used.db", "--force"], "used.db is a database in use, or was when its program died: used.db-wal is there"),
+        (["gone.db"], "gone.db is a database in use, or was when its program died: gone.db-wal is there"),
+        (["torn.db"], "torn.db is a database in use, or was when its program died: torn.db-journal is there"),
+        *(
+            ([name, "--force"], f"{name} is the proxy's own")
+            for name in ("headwater.db-wal", "headwater.db-journal", "headwater-cache.db-shm", "headwater-keys.secret")
+        ),
         (["not/there/copy.db"], "there is no directory not/there"),
     ):
         assert run("backup", *arguments) == (2, "", f"headwater: FILE: {words}\n")

@@ -87,9 +87,9 @@ def reading(path: Path, steps: Sequence[str]) -> sqlite3.Connection:
 
     UnusableError when there is none, or one with other steps: who only reads cannot bring it up to date.
     """
-    if not path.is_file():
-        raise UnusableError(f"there is no {path}: nothing was ever called here")
     try:
+        if not path.is_file():
+            raise UnusableError(f"there is no {path}: nothing was ever called here")
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
             connection.execute("PRAGMA busy_timeout=5000")
@@ -99,7 +99,7 @@ def reading(path: Path, steps: Sequence[str]) -> sqlite3.Connection:
         except BaseException:
             connection.close()
             raise
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         raise UnusableError(f"{path} cannot be read: {error}") from None
     return connection
 
