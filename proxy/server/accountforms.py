@@ -67,7 +67,7 @@ _Title = Annotated[str, Field(min_length=1, max_length=128, pattern=_PLAIN)]
 _Reason = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
 _Id = Annotated[str, Field(min_length=1, max_length=256, pattern=_PLAIN)]
 _Models = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=256)]],
+    list[Annotated[str, Field(min_length=1, max_length=256, pattern=_PLAIN)]],
     Field(min_length=1, max_length=100),
 ]
 _Limit = Annotated[int, Field(ge=1, le=10**12)] | None

@@ -17,6 +17,7 @@ from proxy.errors import ClientError
 from proxy.policy.credits import DEFAULT_TERMS, BudgetMode, CreditTerms
 from proxy.policy.keys import is_expired
 from proxy.settings import ModelSettings, TargetSettings
+from proxy.store.entries import storable
 
 
 class Organisation(NamedTuple):
@@ -189,7 +190,7 @@ def read_since(version: int, connection: sqlite3.Connection) -> News:
 
 def find(kind: type[R], row_id: str, connection: sqlite3.Connection) -> R | None:
     """The row with that id; None when there is none."""
-    found = connection.execute(f"SELECT {_selected(kind)} WHERE id = ?", (row_id,)).fetchone()
+    found = connection.execute(f"SELECT {_selected(kind)} WHERE id = ?", (storable(row_id),)).fetchone()
     return None if found is None else _row(kind, found)
 
 

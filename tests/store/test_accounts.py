@@ -178,6 +178,7 @@ async def test_what_does_not_exist_and_what_exists_already_is_refused(start: Sta
         (accounts.create_key("nobody", "", now=NOW), "404 team_not_found"),
         (accounts.change(Team, "nobody", name="x"), "404 team_not_found"),
         (accounts.revoke("nobody", NOW), "404 key_not_found"),
+        (accounts.revoke("\udc80", NOW), "404 key_not_found"),
     ]
     for attempt, expected in refused:
         with pytest.raises(ClientError) as caught:
