@@ -1,6 +1,6 @@
 """The command: `headwater serve`, `check`, `probe`, `keys`, `teams`, `credits`, `usage`, `backup`, `content`.
 
-Exit codes: 0 done, 1 the command ran and what it found is bad, 2 the settings or the arguments cannot be used.
+Exit codes: 0 done, 1 the command ran and what it found is bad, 2 the settings or the arguments cannot be used, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import io
 import logging
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -41,25 +43,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("proxy").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that the terminal's encoding does not have is no reason to end.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        settings = _settings(options)
-        match options.command:
-            case "check":
-                return _check(options, settings)
-            case "probe":
-                return _run(_probe(options, settings))
-            case "keys" | "teams" | "credits":
-                return _run(issuing.run(options, settings))
-            case "usage" | "backup":
-                return _run(reporting.run(options, settings))
-            case "content":
-                return _run(_rotate(settings))
-            case _:
-                return _run(_serve(options, settings))
+        code = _do(options, _settings(options))
+        # Not when Python ends, where nobody can say any more that it failed.
+        print(end="", flush=True)
+        return code
     except ConfigError as error:
         for problem in error.problems:
             print(f"headwater: {problem}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who reads has seen enough (`| head -1`): https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _do(options: argparse.Namespace, settings: Settings) -> int:
+    match options.command:
+        case "check":
+            return _check(options, settings)
+        case "probe":
+            return _run(_probe(options, settings))
+        case "keys" | "teams" | "credits":
+            return _run(issuing.run(options, settings))
+        case "usage" | "backup":
+            return _run(reporting.run(options, settings))
+        case "content":
+            return _run(_rotate(settings))
+        case _:
+            return _run(_serve(options, settings))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument(
         "--config",
         type=Path,
-        default=os.environ.get("HEADWATER_CONFIG"),
+        default=os.environ.get("HEADWATER_CONFIG") or None,
         help="the config file (default: $HEADWATER_CONFIG, else config/headwater.toml where there is one)",
     )
     config = argparse.ArgumentParser(add_help=False, parents=[place])
@@ -222,6 +239,10 @@ async def _rotate(settings: Settings) -> int:
     try:
         async for rotated in contents.rotate(connection):
             sealed, damaged = sealed + rotated.sealed, damaged + rotated.damaged
+    except sqlite3.Error as error:
+        words = f"{error}; what {sealed} calls said is sealed anew, run it again for the rest"
+        print(f"headwater: {settings.store.path} cannot be written: {words}", file=sys.stderr)
+        return 1
     finally:
         await connection.close()
     print(

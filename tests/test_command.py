@@ -8,13 +8,14 @@ before it opens or asks anything, is called here (`told`).
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -213,6 +214,7 @@ async def test_the_config_file_is_found_in_the_directory_and_named_by_the_enviro
     async with command(tmp_path, "serve") as running:
         assert (await running.line("  upstream")).startswith("  upstream found: ")
     assert "\n  upstream named: " in told("check", HEADWATER_CONFIG="other.toml")[1]
+    assert "\n  upstream found: " in told("check", HEADWATER_CONFIG="")[1]
 
 
 async def test_with_nothing_configured_there_is_something_to_try(tmp_path: Path) -> None:
@@ -340,6 +342,17 @@ def test_an_upstream_that_is_no_url_is_refused(told: Told, url: str) -> None:
     assert "Traceback" not in error
 
 
+async def test_ctrl_c_ends_a_command_without_a_word(tmp_path: Path, upstream: FakeUpstream) -> None:
+    async def interrupt(_: Received, wire: Wire) -> None:
+        running.process.send_signal(signal.SIGINT)
+        await wire.gone()
+
+    upstream.plays(interrupt)
+    async with command(tmp_path, "probe", "--upstream", upstream.url, "model-a") as running:
+        assert await running.exit_code() == 130
+        assert await running.stderr() == ""
+
+
 async def test_the_version_is_printed(tmp_path: Path) -> None:
     code, out, _ = await run(tmp_path, "--version")
     assert code == 0
@@ -396,6 +409,21 @@ async def test_check_shows_what_the_settings_say(tmp_path: Path) -> None:
         "  upstream up: https://up.example/v1, models a-*, b\n"
         "  model fast -> up/a-1, up/b\n"
     )
+
+
+def test_what_a_terminal_has_no_letters_for_is_written_otherwise(tmp_path: Path, told: Told) -> None:
+    (tmp_path / "h.toml").write_text('[[model]]\nname = "schön"\ntargets = ["up/a"]\n', "utf-8")
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="ascii")) as terminal:
+        assert told("check", "--config", "h.toml")[::2] == (0, "")
+    terminal.seek(0)
+    assert terminal.read().endswith("\n  model sch\\xf6n -> up/a\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_trouble(told: Told) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, redirect_stdout(pipe):
+        assert told("check") == (1, "", "")
 
 
 def test_check_shows_the_way_to_each_upstream(tmp_path: Path, told: Told) -> None:

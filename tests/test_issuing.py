@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,7 @@ def test_the_commands_on_the_page_work(shell: Shell) -> None:
         ("teams create a --budget-mode x", "'budget_mode': must be one of job_based, "),
         ("teams create a --credits-per-dollar 0", "'credits_per_dollar': must be above 0."),
         ("teams create a --markup 1000.1", "'cost_markup_percentage': must be a number up to 1000."),
+        ("keys create --model 'a\x1b[2J'", "'models': string should match pattern"),
         ("keys create --budget-day -1", "'budget_day_usd': must not be negative."),
     ],
 )
@@ -100,6 +103,16 @@ def test_what_cannot_be_is_said_in_one_line(shell: Shell, line: str, words: str)
     code, out, error = shell(line)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith(f"headwater: {words}")
+
+
+def test_a_rotation_that_cannot_write_says_so(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell("teams list")
+    refusing = "BEFORE INSERT ON content_key BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+    with closing(sqlite3.connect(tmp_path / "headwater.db")) as connection:
+        connection.execute(f"CREATE TRIGGER refusing {refusing}")
+    monkeypatch.setenv("HEADWATER_CONTENT_KEYS", f"1:{'A' * 43}=")
+    words = "the disk is full; what 0 calls said is sealed anew, run it again for the rest"
+    assert shell("content rotate") == (1, "", f"headwater: {tmp_path}/headwater.db cannot be written: {words}\n")
 
 
 @pytest.mark.parametrize(
