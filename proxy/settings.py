@@ -23,8 +23,18 @@ from proxy.chat import CacheTier, Recovery
 
 _MAX_PACE = 1_000_000
 
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-SecondsOrOff = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+
+def _no_boolean(value: Any) -> Any:
+    """Anything but true and false, which would be taken for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "must be a number")
+    return value
+
+
+IsNumber = BeforeValidator(_no_boolean)
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False), IsNumber]
+SecondsOrOff = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False), IsNumber]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 UsdPerMillion = Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
@@ -50,8 +60,8 @@ class _Section:
 @dataclass(frozen=True, slots=True)
 class ServerSettings(_Section):
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65_535)] = 8100
-    max_body_mb: Annotated[float, Field(gt=0, le=1024)] = 32
+    port: Annotated[int, Field(ge=0, le=65_535), IsNumber] = 8100
+    max_body_mb: Annotated[float, Field(gt=0, le=1024), IsNumber] = 32
     drain_s: SecondsOrOff = 30
     cors_origins: tuple[str, ...] = ()
     access_log: bool = True
@@ -89,8 +99,8 @@ class LedgerSettings(_Section):
     `content`: what is kept of prompts and answers: nothing, a hash of each, or all of it."""
 
     calls: Literal["all", "paid"] = "all"
-    keep_calls_days: Annotated[float, Field(ge=0, le=36_500, allow_inf_nan=False)] = 0
-    job_timeout_h: Annotated[float, Field(ge=0, le=87_600, allow_inf_nan=False)] = 24
+    keep_calls_days: Annotated[float, Field(ge=0, le=36_500, allow_inf_nan=False), IsNumber] = 0
+    job_timeout_h: Annotated[float, Field(ge=0, le=87_600, allow_inf_nan=False), IsNumber] = 24
     content: Literal["off", "hash", "full"] = "off"
     content_keys_env: Variable = "HEADWATER_CONTENT_KEYS"
 
@@ -107,16 +117,16 @@ class StreamingSettings(_Section):
     whole_answer_timeout_s: Seconds = 600
     total_timeout_s: SecondsOrOff = 0
     send_timeout_s: Seconds = 300
-    max_retries: Annotated[int, Field(ge=0, le=20)] = 3
-    circuit_failures: Annotated[int, Field(ge=1)] = 5
+    max_retries: Annotated[int, Field(ge=0, le=20), IsNumber] = 3
+    circuit_failures: Annotated[int, Field(ge=1), IsNumber] = 5
     circuit_cooldown_s: Seconds = 10
     recovery: Recovery = "exact"
     recovery_timeout_s: Seconds = 30
     coalesce: bool = True
-    coalesce_max_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2
+    coalesce_max_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), IsNumber] = 2
     resume_window_s: SecondsOrOff = 0
-    resume_max_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 256
-    max_answer_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
+    resume_max_mb: Annotated[float, Field(gt=0, allow_inf_nan=False), IsNumber] = 256
+    max_answer_bytes: Annotated[int, Field(ge=1024), IsNumber] = 64 * 1024 * 1024
 
 
 def _as_pace(value: Any) -> Any:
@@ -135,18 +145,18 @@ def _as_pace(value: Any) -> Any:
 class CacheSettings(_Section):
     exact: bool = True
     semantic: bool = True
-    ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 86_400
-    max_entries: Annotated[int, Field(ge=1, le=10_000_000)] = 100_000
-    max_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1024
-    memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 64
-    max_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2
+    ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False), IsNumber] = 86_400
+    max_entries: Annotated[int, Field(ge=1, le=10_000_000), IsNumber] = 100_000
+    max_mb: Annotated[float, Field(gt=0, allow_inf_nan=False), IsNumber] = 1024
+    memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False), IsNumber] = 64
+    max_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), IsNumber] = 2
     pace: Annotated[Literal["none", "recorded"] | float, BeforeValidator(_as_pace)] = "none"
     embedder: str = "minilm"
-    max_error_rate: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)] = 0.02
-    verify_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.02
-    lookup_budget_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = 100
-    semantic_max_turns: Annotated[int, Field(ge=1, le=1000)] = 1
-    semantic_max_characters: Annotated[int, Field(ge=1, le=8_000)] = 1000
+    max_error_rate: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False), IsNumber] = 0.02
+    verify_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), IsNumber] = 0.02
+    lookup_budget_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False), IsNumber] = 100
+    semantic_max_turns: Annotated[int, Field(ge=1, le=1000), IsNumber] = 1
+    semantic_max_characters: Annotated[int, Field(ge=1, le=8_000), IsNumber] = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +198,8 @@ class TargetSettings(_Section):
     """One of the targets of a model: `target` is written upstream/model. A plain string stands for one without the rest."""
 
     target: str
-    weight: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = None
-    context_tokens: Annotated[int, Field(gt=0)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False), IsNumber] | None = None
+    context_tokens: Annotated[int, Field(gt=0), IsNumber] | None = None
 
 
 def _as_target(value: Any) -> Any:
@@ -211,7 +221,7 @@ class ModelSettings(_Section):
     delivery: Literal["stream", "whole"] = "stream"
     coalesce: bool | None = None
     cache: CacheTier | None = None
-    cache_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    cache_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False), IsNumber] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,6 +212,8 @@ def test_targets_may_be_written_as_tables_of_their_own(tmp_path: Path) -> None:
         ('[server]\nlog_format = "xml"\n', "c.toml:2: server.log_format"),
         ('[store]\npath = " "\n', "c.toml:2: store.path: must be a path"),
         ("[store]\npath = 3\n", "c.toml:2: store.path: must be a path"),
+        ("[ledger]\nkeep_calls_days = true\n", "c.toml:2: ledger.keep_calls_days: must be a number"),
+        ("[server]\nport = true\n", "c.toml:2: server.port: must be a number"),
         ("server = 3\n", "c.toml:1: server"),
         ('upstream = ["x"]\n', "c.toml:1: upstream[0]"),
         ('[[upstream]]\nname = "a"\n', "c.toml:1: upstream[0].base_url"),
