@@ -224,7 +224,7 @@ class Entry:
         # Before that is done: who leaves meanwhile has a job all the same.
         self.is_job = True
         try:
-            await self._accounting.ledger.create_job(new)
+            await self._accounting.ledger.create_job(new, is_for_one_call=True)
         except ProxyError:
             self.is_job = False
             raise

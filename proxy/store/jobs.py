@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from proxy.chat import Status
 from proxy.errors import ClientError
 from proxy.policy.credits import MICRO
 from proxy.store.books import Books
@@ -95,8 +96,8 @@ _ADD = f"""UPDATE job SET held_microcredits = held_microcredits + ?, charged_mic
            WHERE id = ?"""
 
 
-def create(books: Books, new: NewJob) -> Job:
-    """Write a job's row, with its credits held.
+def create(books: Books, new: NewJob, process: int | None = None) -> Job:
+    """Write a job's row, with its credits held; for one call of a process, where that is given.
 
     CreditsSpentError; ClientError 409 when there is one with its id, 400 when its metadata is too long.
     """
@@ -106,8 +107,8 @@ def create(books: Books, new: NewJob) -> Job:
     if new.hold_microcredits:
         books.accounts.hold(new.team, new.hold_microcredits)
     connection.execute(
-        """INSERT INTO job (id, team, key, user, type, state, metadata, created_at, held_microcredits)
-           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        """INSERT INTO job (id, team, key, user, type, state, metadata, created_at, held_microcredits, process)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
         (
             new.id,
             new.team,
@@ -118,6 +119,7 @@ def create(books: Books, new: NewJob) -> Job:
             metadata,
             new.created_at,
             new.hold_microcredits,
+            process,
         ),
     )
     books.days.add(new.team, new.created_at, JobState.PENDING, 1)
@@ -178,6 +180,13 @@ def end_if_open(
     before = state_of(books.connection, team, job_id)
     if before is not None and before.is_open:
         end(books, team, job_id, state, now, rounds_up, {}, error)
+
+
+def interrupt(books: Books, process: int, now: float) -> None:
+    """End the jobs that were for one call of a process, which has died. To be asked when its calls are closed."""
+    query = "SELECT team, id FROM job WHERE ended_at IS NULL AND process = ?"
+    for team, job_id in books.connection.execute(query, (process,)).fetchall():
+        end(books, team, job_id, JobState.FAILED, now, False, {}, Status.INTERRUPTED)
 
 
 def end_abandoned(books: Books, created_before: float, state: JobState, now: float, limit: int) -> int:

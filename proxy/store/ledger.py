@@ -218,9 +218,13 @@ class Ledger:
 
     # ------------------------------------------------------------------ jobs
 
-    async def create_job(self, new: NewJob) -> Job:
-        """CreditsSpentError (402); ClientError 409 when there is a job with its id."""
-        return await self._do(lambda books: jobs.create(books, new))
+    async def create_job(self, new: NewJob, *, is_for_one_call: bool = False) -> Job:
+        """CreditsSpentError (402); ClientError 409 when there is a job with its id.
+
+        One that is for one call of this process fails when the process dies: nobody else knows of it.
+        """
+        process = self._presence.number if is_for_one_call else None
+        return await self._do(lambda books: jobs.create(books, new, process))
 
     async def end_job(
         self,
@@ -441,6 +445,7 @@ def _recover(presence: Presence, now: float, books: Books) -> tuple[list[Known],
     for process in presence.dead(books.connection):
         if (noted := process.noted()) is not None:
             total += calls.interrupt(books, process.number, noted, now)
+            jobs.interrupt(books, process.number, now)
             # Its file is taken away later, and says nothing until then.
             books.no_longer_noted[process.number] = [*process.closed, *noted]
             dead.append(process)

@@ -316,6 +316,8 @@ MAIN: tuple[str, ...] = (
 
     CREATE INDEX content_of_key ON call_content (key_version);
     """,
+    # A job that was created for one call ends with it, also when that call's process dies: this is its number.
+    "ALTER TABLE job ADD COLUMN process INTEGER;",
 )
 
 CACHE: tuple[str, ...] = (

@@ -195,8 +195,13 @@ async def test_books_agree_whatever_happens(upstream: FakeUpstream, tmp_path: Pa
 
         async def one_call(team: str, number: int) -> None:
             server, key, is_hasty = chance.choice(servers), keys[team], chance.random() < 0.3
-            body = question(f"{number}", stream=chance.random() < 0.7, seed=number)
-            asking = asyncio.ensure_future(server.post("/v1/chat/completions", key, body, f"call-{number}"))
+            body, path = question(f"{number}", seed=number), "/api/jobs/create-and-call"
+            is_stream = chance.random() < 0.7
+            if chance.random() < 0.3:
+                path += "-stream" * is_stream
+            else:
+                path, body["stream"] = "/v1/chat/completions", is_stream
+            asking = asyncio.ensure_future(server.post(path, key, body, f"call-{number}"))
             for _ in range(chance.randrange(100) if is_hasty else 0):
                 await asyncio.sleep(0)
             if is_hasty:
@@ -236,3 +241,5 @@ async def test_books_agree_whatever_happens(upstream: FakeUpstream, tmp_path: Pa
     assert set(rows.values()) == {1}
     held = "SELECT coalesce(sum(held_microcredits), 0) FROM job WHERE ended_at IS NULL"
     assert look(database, "SELECT sum(reserved) FROM credit_account") == look(database, held)
+    assert look(database, "SELECT count(*) FROM job WHERE type <> 'test'") != [(0,)]
+    assert look(database, "SELECT count(*) FROM job WHERE type <> 'test' AND ended_at IS NULL") == [(0,)]

@@ -178,6 +178,23 @@ async def test_calls_of_a_dead_process_are_interrupted_and_those_of_a_living_one
     check_books(path)
 
 
+async def test_jobs_for_one_call_of_a_dead_process_fail_and_others_stay_open(start: Start, path: Path) -> None:
+    dying, living = await start(), await start()
+    await living.ledger.allocate("red", 100, Cause(NOW))
+    for name in ("asked", "not asked yet"):
+        await dying.ledger.create_job(NewJob(name, "red", NOW, hold_microcredits=10), is_for_one_call=True)
+    await opened(dying.ledger, new("lost", hold_microcredits=20, job="asked"))
+    await living.ledger.create_job(NewJob("of the living", "red", NOW, hold_microcredits=10), is_for_one_call=True)
+    await dying.ledger.create_job(NewJob("for more", "red", NOW, hold_microcredits=10))
+    await dying.crash()
+    assert await living.ledger.recover(NOW + 9) == 1
+    fates = {job.id: (job.state, job.error) for job in (await living.ledger.jobs("red")).rows}
+    failed, is_open = (JobState.FAILED, "interrupted"), (JobState.PENDING, None)
+    assert fates == {"asked": failed, "not asked yet": failed, "of the living": is_open, "for more": is_open}
+    assert await living.ledger.balance("red") == Balance(100, 80, 20, 0)
+    check_books(path)
+
+
 async def test_a_call_that_was_closed_for_its_process_is_not_settled_twice(
     start: Start, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
