@@ -25,6 +25,8 @@ from proxy.server.downstream import SERVER, Downstream, error_response
 from proxy.server.middleware import Visit, admit, failure_of, identify, report_left, report_refused, visit_of
 from proxy.server.state import State
 
+_SLASHES = re.compile("/+")
+
 Later = Callable[[], Coroutine[Any, Any, None]]
 
 Face = Callable[[State, Visit, RawRequestMessage, bytes, Downstream], Later | None]
@@ -59,8 +61,9 @@ class Door:
         method = message.method
         if (face := self._faces.get((method, message.path))) is not None:
             return face
-        # The target may be a whole URL too, or be percent-encoded where it need not be (RFC 9112 §3.2).
-        if (face := self._faces.get((method, message.url.path))) is not None:
+        # The target may be a whole URL too, or be percent-encoded where it need not be (RFC 9112 §3.2). And a slash too many
+        # is a common slip, as of a base URL that ends with one.
+        if (face := self._faces.get((method, _SLASHES.sub("/", message.url.path).rstrip("/")))) is not None:
             return face
         path = message.url.path_safe
         return next((face for by, fits, face in self._patterns if by == method and fits.fullmatch(path)), None)

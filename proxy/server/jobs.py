@@ -181,7 +181,7 @@ def call(state: State, visit: Visit, message: RawRequestMessage, body: bytes, do
 
 def create_and_call(state: State, visit: Visit, message: RawRequestMessage, body: bytes, down: Downstream) -> Later:
     """POST /api/jobs/create-and-call, /api/jobs/create-and-call-stream: a job for one call, which ends when the call ends."""
-    stream = message.url.path != _ONE_SHOT_PATH
+    stream = message.url.path.rstrip("/").endswith("-stream")
     given, chat = forms.parse_call(body, forms.OneShotForm, stream=stream)
     new = _new_job(state, visit.identity, given)
     entry, start = _prepared(state, visit, message, given, chat, new.id)

@@ -92,7 +92,7 @@ _WHOLE = {200: Answer("The answer.", {JSON: shaped.JobCompletion}, _IN_JOB)}
 _STREAM = {200: Answer("The chunks, an event each, and at last `[DONE]`.", {EVENTS: shapes.ChatChunk}, _IN_JOB)}
 _REFUSED = {**CALL, 404: f"{_NO_JOB}. {CALL[404]}. {NO_TEAM}"}
 _PAID: Mapping[int | str, str] = {402: _SPENT, 404: NO_TEAM, 422: _REUSED}
-_REFUND = {**_PAID, 404: f"{NO_TEAM}. What it is for is none of the team's: `job_not_found`, `call_not_found`"}
+_REFUND = {**_PAID, 404: f"{NO_TEAM}. The job that it is for is none of the team's: `job_not_found`"}
 _GROUP = {"delivery": "stream", "models": [{"model": "up/model-a"}, {"model": "up/model-b", "priority": 1}]}
 
 LEDGER_OPERATIONS: Mapping[tuple[str, str], Operation] = {
@@ -130,7 +130,7 @@ LEDGER_OPERATIONS: Mapping[tuple[str, str], Operation] = {
         ok(shaped.Job),
         body=jobforms.MetadataForm,
         example={"metadata": {"step": 2}},
-        refuses={404: _NO_JOB, 409: "It has ended: `job_ended`"},
+        refuses={404: _NO_JOB},
     ),
     ("GET", "/api/jobs/{id}/costs"): Operation(ok(shaped.JobCosts), refuses={404: _NO_JOB}),
     ("POST", "/api/jobs/{id}/complete"): Operation(

@@ -184,6 +184,12 @@ async def test_what_a_call_said_is_told_in_words_and_numbers(upstream: FakeUpstr
     assert told["metadata"]["tokens_used"] == 11
 
 
+async def test_a_slash_too_many_makes_no_stream_of_a_whole_answer(upstream: FakeUpstream, api: Api) -> None:
+    upstream.plays(HELLO)
+    status, told = await api("POST", "//api/jobs/create-and-call/", ASKED)
+    assert (status, told["response"]["content"]) == (200, "Hello")
+
+
 async def test_jobs_are_listed_the_newest_first_and_in_pieces(api: Api) -> None:
     made = [await api.create() for _ in range(4)]
     found = []

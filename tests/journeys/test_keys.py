@@ -305,21 +305,26 @@ async def test_with_a_key_only_what_names_a_model_is_passed_on(upstream: FakeUps
 
 
 @pytest.mark.parametrize("auth", [KEYS, {"mode": "open"}], ids=lambda auth: str(auth["mode"]))
-async def test_a_chat_by_another_spelling_does_not_pass_uncounted(
+async def test_a_chat_by_another_spelling_is_that_or_nothing(
     upstream: FakeUpstream, start: Start, auth: dict[str, str]
 ) -> None:
     """Some upstreams take it for a chat request, and for the usage of a stream that is passed on unread nobody asks."""
     proxy = await start(auth=auth)
     headers = bearer((await made_key(proxy))["key"]) if auth is KEYS else {}
     body = {"model": "model-a", "messages": _MESSAGES, "stream": True}
-    for path in (
-        *("//chat/completions", "/chat//completions", "/chat/completions/", "/chat/completions%2f"),
-        *("/chat/./completions", "/chat/%2e/completions", "/chat/completions/.", "/Chat/Completions"),
-    ):
+    for path in ("/Chat/Completions", "/chat/./completions", "/chat/%2e/completions", "/chat/completions/."):
         async with proxy.client.post(URL(proxy.base + path, encoded=True), json=body, headers=headers) as response:
             assert response.status == 404, path
             assert (await response.json())["error"]["code"] == "not_found"
     assert upstream.requests == []
+    slips = ("//chat/completions", "/chat//completions", "/chat/completions/", "/chat/completions%2f//")
+    for number, path in enumerate(slips):
+        url = URL(proxy.base + path, encoded=True)
+        async with proxy.client.post(url, json={**body, "seed": number}, headers=headers) as response:
+            assert response.status == 200, path
+            assert response.headers["x-headwater-target"] == "up/model-a"
+            await response.read()
+    assert [request.path for request in upstream.requests] == ["/v1/chat/completions"] * len(slips)
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/embeddings"])

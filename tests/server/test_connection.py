@@ -507,6 +507,8 @@ async def client(proxy: Proxy) -> AsyncIterator[Client]:
         "http://other.example:81/v1/chat/completions?a",
         "/v1/chat/completion%73",
         "/v1/%63hat/completions",
+        "/v1/chat/completions/",
+        "//v1//chat/completions",
     ],
 )
 async def test_the_door_is_found_however_its_path_is_written(
@@ -517,14 +519,6 @@ async def test_the_door_is_found_however_its_path_is_written(
     client.send(request(f"POST {target}", body=question()))
     assert (await client.answer()).said() == "answer to Hi"
     assert (await proxy.ledger.next())["mode"] == "whole"
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions/", "//v1/chat/completions", "/v1/Chat/Completions"])
-async def test_another_path_is_another_route(upstream: FakeUpstream, client: Client, path: str) -> None:
-    upstream.plays(echo)
-    client.send(request(f"POST {path}", body=question()))
-    await client.answer()
-    assert {asked.path for asked in upstream.requests} <= {path}
 
 
 async def test_a_protocol_that_is_merely_offered_is_no_matter(upstream: FakeUpstream, client: Client) -> None:
