@@ -32,7 +32,7 @@ run: $(VENV)/.run  ## install what is needed and start the proxy on 127.0.0.1:81
 test: setup lint types floors  ## every test, and lint, types and floors before them
 	$(BIN)/python -m pytest -q -n 3
 
-fuzz: setup  ## the property tests alone, on twenty times as many examples
+fuzz: setup  ## the property tests alone, on other examples each time, and twenty times as many
 	$(BIN)/python -m pytest -q -n 2 -m hypothesis --hypothesis-profile=deep
 
 lint: setup  ## ruff: rules and format
