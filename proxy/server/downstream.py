@@ -69,14 +69,16 @@ def _date_line() -> bytes:
 _OF_ALL_TEAMS = re.compile(r"rate-?limit|^(openai-(organization|project)|anthropic-organization|x-cache-entry)")
 
 
-def for_team(headers: Mapping[str, str]) -> dict[str, str]:
+def for_team(headers: Mapping[str, str]) -> Mapping[str, str]:
     """Of an answer's headers those that tell a team nothing of the others."""
-    return {name: value for name, value in headers.items() if not _is_of_all_teams(name)}
+    hidden = _of_all_teams(tuple(headers))
+    return {name: value for name, value in headers.items() if name not in hidden} if hidden else headers
 
 
-@lru_cache(maxsize=1024)
-def _is_of_all_teams(name: str) -> bool:
-    return _OF_ALL_TEAMS.search(name.lower()) is not None
+@lru_cache(maxsize=256)
+def _of_all_teams(names: tuple[str, ...]) -> frozenset[str]:
+    # An upstream's answers nearly always have the same.
+    return frozenset(name for name in names if _OF_ALL_TEAMS.search(name.lower()))
 
 
 class Downstream:
