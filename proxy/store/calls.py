@@ -368,7 +368,7 @@ def _texts(*texts: str | None) -> list[str | None]:
 
 
 def _counts(*counts: int | None) -> list[int | None]:
-    return [None if count is None else min(max(count, 0), _MOST) for count in counts]
+    return [count if count is None or 0 <= count <= _MOST else min(max(count, 0), _MOST) for count in counts]
 
 
 # ---------------------------------------------------------------------- reading, retention
