@@ -403,19 +403,21 @@ def listed(
     return Page([_row(row) for row in rows], total)
 
 
-def delete_closed(connection: sqlite3.Connection, closed_before: float, after: int, limit: int) -> int | None:
-    """Delete calls that ended earlier, among the next `limit` behind the number `after`. The last number looked at.
+def delete_closed(
+    connection: sqlite3.Connection, closed_before: float, after: int, limit: int
+) -> tuple[int, bool]:
+    """Delete calls that ended earlier, among the next `limit` behind the number `after`. Their sums stay in call_day.
 
-    None when there are no such ones behind it. Their sums stay in call_day.
+    Gives the last number looked at, 0 when there was none, and whether any of them had ended earlier.
     """
     query = "SELECT number, closed_at FROM call WHERE number > ? ORDER BY number LIMIT ?"
     rows = connection.execute(query, (after, limit)).fetchall()
-    if not any(closed_at < closed_before for _, closed_at in rows):
-        return None
-    last: int = rows[-1][0]
-    statement = "DELETE FROM call WHERE number > ? AND number <= ? AND closed_at < ?"
-    connection.execute(statement, (after, last, closed_before))
-    return last
+    last: int = rows[-1][0] if rows else 0
+    has_old = any(closed_at < closed_before for _, closed_at in rows)
+    if has_old:
+        statement = "DELETE FROM call WHERE number > ? AND number <= ? AND closed_at < ?"
+        connection.execute(statement, (after, last, closed_before))
+    return last, has_old
 
 
 def _row(row: tuple[Any, ...]) -> CallRow:

@@ -57,6 +57,8 @@ class Ledger:
         self._writer = writer
         self._presence = presence
         self._numbers = count(1)
+        self._looked_at = 0
+        """The last call's row that was looked at for its age, beside those at the beginning."""
 
     @classmethod
     async def open(
@@ -380,10 +382,20 @@ class Ledger:
         return await self._in_pieces(lambda books: jobs.end_abandoned(books, created_before, state, now, _PIECE))
 
     async def compact(self, closed_before: float) -> None:
-        """Delete calls that ended earlier, piece by piece. Their sums by day stay, and so do jobs and transactions."""
-        last: int | None = 0
-        while last is not None:
-            last = await self._do(partial(_delete_closed, closed_before, last))
+        """Delete calls that ended earlier, piece by piece. Their sums by day stay, and so do jobs and transactions.
+
+        Rows stand in the order of their ends, so what is old comes first, and a piece without any is where that ends. But a
+        clock that was ahead leaves rows before older ones: each time one piece more is looked at, behind that of the last time.
+        """
+        await self._compact(closed_before, 0)
+        self._looked_at = await self._compact(closed_before, self._looked_at)
+
+    async def _compact(self, closed_before: float, after: int) -> int:
+        """From behind a row on, to the end of the first piece in which none is old: its last number, 0 behind the last row."""
+        has_old = True
+        while has_old:
+            after, has_old = await self._do(partial(_delete_closed, closed_before, after))
+        return after
 
     async def _in_pieces(self, step: Step[int]) -> int:
         total = 0
@@ -435,7 +447,7 @@ def _close(
         jobs.end_if_open(books, new.team, new.job, job_state, end.closed_at, rounds_up, end.error)
 
 
-def _delete_closed(closed_before: float, after: int, books: Books) -> int | None:
+def _delete_closed(closed_before: float, after: int, books: Books) -> tuple[int, bool]:
     return calls.delete_closed(books.connection, closed_before, after, _PIECE)
 
 

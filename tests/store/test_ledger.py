@@ -581,3 +581,13 @@ async def test_old_calls_are_deleted_and_their_sums_stay(start: Start, path: Pat
     assert [call.id for call in await ledger.calls_under_way()] == ["open"]
     ended = await ledger.end_job("red", "job-1", JobState.COMPLETED, NOW)
     assert ended.sums.calls == 0
+
+
+async def test_calls_that_ended_while_the_clock_was_ahead_do_not_keep_older_ones(start: Start) -> None:
+    ledger = (await start()).ledger
+    for number in range(1_100):
+        record(ledger, new(f"call-{number}"), done(closed_at=NOW + (10**8 if number < 600 else 0)))
+    for _ in range(2):
+        await ledger.compact(NOW + 1)
+    page = await ledger.calls(limit=1)
+    assert ([row.id for row in page.rows], page.total) == (["call-599"], 600)
