@@ -403,9 +403,7 @@ def listed(
     return Page([_row(row) for row in rows], total)
 
 
-def delete_closed(
-    connection: sqlite3.Connection, closed_before: float, after: int, limit: int
-) -> tuple[int, bool]:
+def delete_closed(connection: sqlite3.Connection, closed_before: float, after: int, limit: int) -> tuple[int, bool]:
     """Delete calls that ended earlier, among the next `limit` behind the number `after`. Their sums stay in call_day.
 
     Gives the last number looked at, 0 when there was none, and whether any of them had ended earlier.

@@ -92,6 +92,12 @@ _SET_REFILL = """INSERT INTO credit_account VALUES (?1, 0, 0, 0, 0, 0, ?2, ?3, ?
                  SET refill_microcredits = ?2, refill_period = ?3, refill_at = ?4,
                      refill_from = CASE WHEN refill_period = ?3 AND refill_at = ?4 THEN refill_from ELSE ?4 END"""
 
+# The next refill is less than a day, a week or 31 days away, and one day more is far beyond what floats get wrong.
+_DUE = """SELECT team, refill_microcredits, refill_period, refill_from, refill_at FROM credit_account
+          WHERE refill_at <= ?1 OR (refill_from <= ?1 AND refill_at IS NOT NULL AND refill_at >
+                ?1 + 86400 * CASE refill_period WHEN 'day' THEN 2 WHEN 'week' THEN 8 ELSE 32 END)
+          ORDER BY refill_at LIMIT ?2"""
+
 
 class CreditsSpentError(ClientError):
     """402: the team has less credit left than that needs. `balance` is what it has; `extra` says it in credits."""
@@ -245,12 +251,13 @@ class Accounts:
         self._connection.execute(_SET_REFILL, (team, *(refill or (None, None, None))))
 
     def refill_due(self, now: float, limit: int) -> int:
-        """Refill accounts whose time has come, and say when the next is. How many; when it is `limit`, there may be more."""
-        query = """SELECT team, refill_microcredits, refill_period, refill_from FROM credit_account
-                   WHERE refill_at <= ? ORDER BY refill_at LIMIT ?"""
-        due = self._connection.execute(query, (now, limit)).fetchall()
-        for team, amount, period, first in due:
-            if self._of(team).allocated + amount <= MAX_INTEGER:
+        """Refill accounts whose time has come, and say when the next is. How many; when it is `limit`, there may be more.
+
+        Of those that were refilled while the clock was ahead, and are to wait for more than a period, only the next is said.
+        """
+        due = self._connection.execute(_DUE, (now, limit)).fetchall()
+        for team, amount, period, first, at in due:
+            if at <= now and self._of(team).allocated + amount <= MAX_INTEGER:
                 self.allocate(team, amount, Cause(now), TransactionKind.REFILL)
             # Counted from the first: a refill of the 31st is one of the 28th in February, and of the 31st again in March.
             again = next_refill(RefillPeriod(period), first, now)

@@ -374,7 +374,7 @@ class Ledger:
         return total
 
     async def refill_due(self, now: float) -> int:
-        """Refill all accounts whose time has come. How many."""
+        """Refill all accounts whose time has come, and set right when those are due that the clock was ahead for. How many."""
         return await self._in_pieces(lambda books: books.accounts.refill_due(now, _PIECE))
 
     async def end_abandoned_jobs(self, created_before: float, state: JobState, now: float) -> int:

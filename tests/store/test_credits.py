@@ -104,6 +104,18 @@ async def test_accounts_are_refilled_once_when_they_are_due(ledger: Ledger) -> N
     assert (await ledger.balance("red")).remaining == 200
 
 
+@pytest.mark.parametrize(("period", "later"), [(DAY, 3), (WEEK, 7), (MONTH, 31)])
+async def test_a_clock_that_was_ahead_puts_no_refill_off(ledger: Ledger, period: RefillPeriod, later: int) -> None:
+    first, now = at(2026, 1, 1), at(2026, 1, 3, 12)
+    await ledger.set_refill("red", Refill(100, period, first))
+    await ledger.set_refill("blue", Refill(100, period, at(2029, 1, 1)))
+    assert await ledger.refill_due(at(2028, 1, 1)) == 1
+    assert [await ledger.refill_due(now) for _ in "12"] == [1, 0]
+    assert await ledger.refill("red") == Refill(100, period, first + later * 86_400)
+    assert await ledger.refill("blue") == Refill(100, period, at(2029, 1, 1)), "which is to begin then"
+    assert (await ledger.balance("red")).allocated == 100
+
+
 def at(*date: int) -> float:
     return datetime(*date, tzinfo=UTC).timestamp()  # type: ignore[arg-type, misc]
 
