@@ -49,6 +49,8 @@ class _Terms(NamedTuple):
     team_budgets: Budgets = NO_BUDGETS
     key_budgets: Budgets = NO_BUDGETS
     stops_when_spent: bool = False
+    markup: int | None = None
+    """In ten-thousandths of a percent; None where it is as the prices say."""
 
     @property
     def have_budgets(self) -> bool:
@@ -134,7 +136,7 @@ class Accounting:
         """What the calls of such a key are paid by now."""
         team = self.accounts.team(identity.team)
         key_budgets = self.accounts.key(identity.key).budgets if identity.key else NO_BUDGETS
-        return _Terms(team.terms, team.budgets, key_budgets, team.stops_when_spent)
+        return _Terms(team.terms, team.budgets, key_budgets, team.stops_when_spent, team.markup)
 
 
 class Entry:
@@ -354,7 +356,7 @@ class Entry:
             self._accounting.in_flight.release()
 
     def _charge(self, target: Target, usage: Usage) -> Charge:
-        markup = self._accounting.accounts.team(self._identity.team).markup
+        markup = self._terms.markup
         return self._accounting.prices.charge(
             target,
             usage.prompt,
@@ -381,7 +383,7 @@ class Entry:
 
     def _end_of(self, outcome: Outcome, charge: Charge) -> End:
         usage = outcome.usage
-        is_paid = outcome.status in _PAID and outcome.mode not in FREE and not self._is_aside
+        is_paid = outcome.mode not in FREE and not self._is_aside and _has_generated(outcome)
         return End(
             outcome.status,
             outcome.mode,
@@ -399,17 +401,17 @@ class Entry:
             None if usage is None else usage.reasoning,
             usage is not None and usage.estimated,
             charge.cost_microusd,
-            self._price(outcome, charge) if is_paid else 0,
+            self._price(charge) if is_paid else 0,
             self._credits(outcome, charge) if is_paid else 0,
             outcome.cache_entry,
             outcome.finish_reason,
             outcome.content,
         )
 
-    def _price(self, outcome: Outcome, charge: Charge) -> int | None:
+    def _price(self, charge: Charge) -> int | None:
         """What a call that is paid for is to cost: what was held for it, where nobody knows what it took."""
         price = charge.charged_microusd
-        if price is None and self._terms.need_price and self._open is not None and _has_generated(outcome):
+        if price is None and self._terms.need_price and self._open is not None:
             return self._open.new.hold_microusd
         return price
 
@@ -417,8 +419,6 @@ class Entry:
         """What a call that is paid for costs, in micro-credits; what was held for it, where nobody knows what it took."""
         terms, usage = self._terms.credits, outcome.usage
         if terms is None:
-            return 0
-        if not _has_generated(outcome):
             return 0
         cost = None if usage is None else call_cost(terms, charge.charged_microusd, usage.prompt + usage.completion)
         if cost is None:

@@ -115,7 +115,8 @@ class Spending:
             spent.unpriced += 1
         else:
             spent.cost_microusd += cost
-            spent.price_microusd += end.price_microusd or 0
+        # What nobody knows the cost of may have a price all the same: what was held for it.
+        spent.price_microusd += end.price_microusd or 0
 
     def copy(self) -> list[tuple[Target, Spent]]:
         """As it is now."""

@@ -14,6 +14,9 @@ TAIL_BYTES = 4096
 
 _BYTES_PER_TOKEN = 4
 
+# More is no count but a mistake. JSON's numbers have no end, and what is counted on is told as floats too (GET /metrics).
+_MOST_TOKENS = 2**40
+
 _usage_member = re.compile(r'"usage"\s*:\s*(?=\{)')
 _decoder = json.JSONDecoder()
 
@@ -21,7 +24,8 @@ _decoder = json.JSONDecoder()
 def read_usage(body: dict[str, Any]) -> Usage | None:
     """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap.
 
-    A count below 0 is none, and what is said beside it is not believed either: nobody is to be paid for a call.
+    A count below 0 is none, nor is one past 2**40, and what is said beside it is not believed either: nobody is to be paid for
+    a call.
     """
     usage = body.get("usage")
     if not usage and "x_groq" in body and isinstance(body["x_groq"], dict):
@@ -31,7 +35,7 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     completion = usage.get("completion_tokens", usage.get("output_tokens"))
     counts = [count for count in (prompt, completion) if _is_whole(count)]
-    if not counts or min(counts) < 0:
+    if not counts or min(counts) < 0 or max(counts) > _MOST_TOKENS:
         return None
     return Usage(
         prompt if _is_whole(prompt) else 0,
@@ -42,10 +46,10 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
 
 
 def _detail(usage: dict[str, Any], places: tuple[str, str], name: str) -> int:
-    """A count within a usage object; 0 where nothing is said of it, or something below that."""
+    """A count within a usage object, from 0, which it also is where nothing is said of it, to 2**40."""
     for place in places:
         if isinstance(details := usage.get(place), dict) and _is_whole(count := details.get(name)):
-            return max(0, count)
+            return min(max(0, count), _MOST_TOKENS)
     return 0
 
 

@@ -24,7 +24,7 @@ PRIVATE, PUBLIC = Target("up", "gpt-4o-mini"), Target("up2", "gpt-4o-mini")
 PRICE = """
 [[price]]
 models = ["up/*"]
-input_usd_per_million = 0
+input_usd_per_million = 1000
 output_usd_per_million = 1000
 """
 TOKENS = {"budget_mode": BudgetMode.CONSUMPTION_TOKENS, "tokens_per_credit": 1}
@@ -132,3 +132,23 @@ async def test_who_takes_an_answer_over_is_held_to_a_budget_of_its_own(
     heir.settle(whole(100))
     assert (await accounting.ledger.calls()).rows[0].price_microusd == 100_000
     assert (await accounting.ledger.balance("local")).reserved == 0
+
+
+async def test_a_markup_that_changes_is_for_calls_that_begin_later(accounting: Accounting) -> None:
+    await accounting.accounts.change(Team, "local", markup=0, **DOLLARS)
+    entry = accounting.entry(LOCAL, "call", "gpt-4o")
+    await entry.open((PRIVATE,))
+    await accounting.accounts.change(Team, "local", markup=100 * 10_000)
+    entry.settle(whole(100))
+    assert (await accounting.ledger.calls()).rows[0].price_microusd == 100_000
+
+
+async def test_who_leaves_before_the_answer_began_pays_nothing_whatever_the_upstream_asks_for(
+    accounting: Accounting,
+) -> None:
+    await accounting.accounts.change(Team, "local", budgets=Budgets(total=10**9), **DOLLARS)
+    entry = accounting.entry(LOCAL, "call", "gpt-4o")
+    await entry.open((PRIVATE,))
+    entry.settle(left(Mode.RELAY, usage=Usage(7, 0)))
+    (row,) = (await accounting.ledger.calls()).rows
+    assert (row.cost_microusd, row.price_microusd, row.settled_microcredits) == (7_000, 0, 0)

@@ -34,6 +34,7 @@ SPENT: list[tuple[str, Outcome, End, tuple[int, ...] | None]] = [
     ("relayed", outcome(), end(12, 14), (100, 20, 60, 5, 12, 14, 0)),
     ("broke, and is not paid for", outcome(status=Status.UPSTREAM_ERROR), end(12, 0), (100, 20, 60, 5, 12, 0, 0)),
     ("no price", outcome(), end(None, None), (100, 20, 60, 5, 0, 0, 1)),
+    ("paid as it was held", outcome(Mode.PASSTHROUGH, usage=None), end(None, 77), (0, 0, 0, 0, 0, 77, 1)),
     ("passed on", outcome(Mode.PASSTHROUGH, usage=None), end(None, None), (0, 0, 0, 0, 0, 0, 1)),
     ("replayed", outcome(Mode.REPLAY), end(0, 0), None),
     ("shared", outcome(Mode.COALESCED), end(0, 0), None),

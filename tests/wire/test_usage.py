@@ -40,6 +40,11 @@ def tail(value: Any) -> bytes:
         (tail({"usage": {"seconds": 12}}), None),
         (tail({"usage": {"prompt_tokens": 8, "completion_tokens": -1}}), None),
         (tail({"usage": {"prompt_tokens": -8, "completion_tokens": 1}}), None),
+        (tail({"usage": {"prompt_tokens": 8, "completion_tokens": 10**400}}), None),
+        (
+            tail({"usage": {**DETAILS, "input_tokens_details": {"cached_tokens": 10**400}}}),
+            Usage(36, 87, False, 2**40, 64),
+        ),
         (tail({"usage": {"prompt_tokens": True, "completion_tokens": False}}), None),
         (tail({"usage": {**DETAILS, "input_tokens_details": {"cached_tokens": -30}}}), Usage(36, 87, reasoning=64)),
         (
