@@ -11,9 +11,8 @@ rounded but where it says so, and there always *up*, to the next micro-credit or
     –                  consumption_tokens       1 token ÷ 3,000,000 a credit              1, and not 0.33
     –                  job_based                nothing; its job 1 credit                 0; 1,000,000
 
-What a job has reserved is always `job_cost` of the sum of its calls, each at its hold while it runs and at what it cost from
-then on; the difference is what a ledger reserves or gives back. So a job that is to be rounded up at its end has that reserved
-already, and two jobs cannot both count on the last credit.
+What a job has reserved is the sum of its calls, each at its hold while it runs and at what it cost from then on; one that is
+job_based has its credit. What rounding up adds is not reserved: it is charged when the job ends, as far as there is credit.
 
 Times are Unix seconds, passed in; days, weeks and months begin at midnight UTC, weeks on Mondays.
 """
@@ -88,7 +87,7 @@ def call_cost(terms: CreditTerms, charged_microusd: int | None, tokens: int) -> 
 
 
 def job_cost(terms: CreditTerms, calls_microcredits: int) -> int:
-    """What a job that completes costs, and has reserved until then, in micro-credits, by the sum of its calls.
+    """What a job that completes costs, in micro-credits, by the sum of its calls.
 
     A job whose calls cost nothing (all from the cache, all rejected) costs nothing, but for one that is job_based.
     """
