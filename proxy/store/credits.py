@@ -125,7 +125,8 @@ def next_refill(period: RefillPeriod, at: float, now: float) -> float:
     """
     if period is not RefillPeriod.MONTH:
         step = 86_400 * (7 if period is RefillPeriod.WEEK else 1)
-        return at + step * (int((now - at) // step) + 1)
+        due = at + step * (int((now - at) // step) + 1)
+        return due if due > now else due + step  # as floats round
     first = datetime.fromtimestamp(at, UTC)
     months = max(1, (datetime.fromtimestamp(now, UTC).year - first.year) * 12 - 12)
     while (due := _months_later(first, months)) <= now:
