@@ -113,8 +113,6 @@ class Ledger:
 
         False when it cannot be noted now, and is to be opened with `open_call`.
         """
-        if self._writer.is_failing:
-            return False
         call.number = next(self._numbers)
         call.slot = self._presence.notes.take(call.number, call.new)
         return call.slot is not None
@@ -131,13 +129,18 @@ class Ledger:
         call.number = call.number or next(self._numbers)
         # What it holds may have been handed over before it is written.
         process, new = self._presence.number, call.new
+        is_bound = (
+            team_budgets != NO_BUDGETS or key_budgets != NO_BUDGETS or new.hold_microcredits > 0 or new.job is not None
+        )
+        if self._writer.is_failing and not is_bound:
+            # To find that the file is still locked by another process takes seconds.
+            return
         try:
             await self._writer.ask(
                 lambda books: calls.open_call(books, process, call, new, team_budgets, key_budgets), call.note_open
             )
         except sqlite3.Error as error:
-            is_bound = team_budgets != NO_BUDGETS or key_budgets != NO_BUDGETS
-            if is_bound or new.hold_microcredits or new.job is not None:
+            if is_bound:
                 raise _unavailable(error) from None
 
     async def extend_call(

@@ -241,9 +241,14 @@ async def test_a_database_that_takes_nothing_stops_only_calls_that_must_be_paid_
         assert (ledger.waiting, ledger.lost) == (2, 0)
         assert len(caplog.messages) == 1
         assert (await ledger.calls()).rows == []
+        # Nor does one of those wait for the lock again: it is noted, or goes on without.
+        await process.connection.run(lambda connection: connection.execute("PRAGMA busy_timeout=60000"))
+        async with asyncio.timeout(10):
+            ledger.close_call(noted(ledger, new("noted")), done())
+            ledger.close_call(await opened(ledger, new("unnoted")), done())
         other.execute("ROLLBACK")
     await ledger.settled()
-    assert {row.id for row in (await ledger.calls()).rows} == {"before", "free"}
+    assert {row.id for row in (await ledger.calls()).rows} == {"before", "free", "noted", "unnoted"}
     assert (was_failing, ledger.is_failing) == (True, False)
     assert await ledger.balance("red") == Balance(100, 93, 0, 7)
     check_books(path)
