@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import aiosqlite
 
@@ -36,8 +36,33 @@ class UnusableError(Exception):
     """A file that cannot be opened, is no database, or was written by a newer version. It is left as it was."""
 
 
+class Place(NamedTuple):
+    """A path, and the device and the number (inode) of the file that was there when it was opened."""
+
+    path: Path
+    file: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> Place:
+        """OSError when there is no file."""
+        found = path.stat()
+        return cls(path, (found.st_dev, found.st_ino))
+
+    def check(self) -> None:
+        """sqlite3.OperationalError when the file is there no more: what SQLite still takes for it, nobody would read again."""
+        try:
+            is_there = Place.of(self.path) == self
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise sqlite3.OperationalError("the file was deleted or replaced while it was open")
+
+
 class Connection(aiosqlite.Connection):
     """The connection all stores share. What is given to it is done in that order, also when its caller is cancelled."""
+
+    place: Place | None = None
+    """Where its file has to be for what is written; None for one in memory."""
 
     async def run(self, work: Work[T]) -> T:
         """What `work` returns; it runs in the connection's thread, and nothing else in between. For reading."""
@@ -48,7 +73,7 @@ class Connection(aiosqlite.Connection):
 
         A commit outlives the end of the process; a `durable` one outlives a power cut too (it waits for the disk).
         """
-        return await self.run(lambda connection: _transact(connection, work, durable=durable))
+        return await self.run(lambda connection: _transact(connection, work, self.place, durable=durable))
 
     async def data_version(self) -> int:
         """A number that is another one after other connections have changed the file.
@@ -71,9 +96,11 @@ async def connect(path: Path, steps: Sequence[str]) -> Connection:
     except (OSError, sqlite3.Error) as error:
         raise UnusableError(f"{path} cannot be opened: {error}") from None
     try:
+        if path != NOWHERE:
+            connection.place = Place.of(path)
         await connection.executescript(_PRAGMAS)
         await _migrate(connection, path, steps)
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         await connection.close()
         raise UnusableError(f"{path} cannot be used: {error}") from None
     except UnusableError:
@@ -120,7 +147,9 @@ def _opened(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
 
 
-def _transact(connection: sqlite3.Connection, work: Work[T], *, durable: bool) -> T:
+def _transact(connection: sqlite3.Connection, work: Work[T], place: Place | None, *, durable: bool) -> T:
+    if place is not None:
+        place.check()
     if durable:
         # https://www.sqlite.org/pragma.html#pragma_synchronous: in WAL mode, FULL syncs the log with each commit.
         connection.execute("PRAGMA synchronous=FULL")

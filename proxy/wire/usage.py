@@ -14,8 +14,8 @@ TAIL_BYTES = 4096
 
 _BYTES_PER_TOKEN = 4
 
-# More is no count but a mistake. JSON's numbers have no end, and what is counted on is told as floats too (GET /metrics).
-_MOST_TOKENS = 2**40
+# More than any model takes or gives. What an upstream tells beyond that is a mistake, and would take all credit of a team.
+_MOST_TOKENS = 10**7
 
 _usage_member = re.compile(r'"usage"\s*:\s*(?=\{)')
 _decoder = json.JSONDecoder()
@@ -24,8 +24,8 @@ _decoder = json.JSONDecoder()
 def read_usage(body: dict[str, Any]) -> Usage | None:
     """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap.
 
-    A count below 0 is none, nor is one past 2**40, and what is said beside it is not believed either: nobody is to be paid for
-    a call.
+    A count below 0 or above ten million is none, and what is said beside it is not believed either: nobody is to be paid
+    for a call, or to pay for what no model can give.
     """
     usage = body.get("usage")
     if not usage and "x_groq" in body and isinstance(body["x_groq"], dict):
@@ -46,10 +46,10 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
 
 
 def _detail(usage: dict[str, Any], places: tuple[str, str], name: str) -> int:
-    """A count within a usage object, from 0, which it also is where nothing is said of it, to 2**40."""
+    """A count within a usage object; 0 where nothing is said of it, or what cannot be."""
     for place in places:
         if isinstance(details := usage.get(place), dict) and _is_whole(count := details.get(name)):
-            return min(max(0, count), _MOST_TOKENS)
+            return count if 0 <= count <= _MOST_TOKENS else 0
     return 0
 
 
@@ -107,8 +107,23 @@ def _said_by(chunk: dict[str, Any]) -> Said:
     sizes = []
     for choice in chunk["choices"]:
         delta = choice["delta"]
-        texts = [delta.get(name) for name in ("content", "reasoning_content", "reasoning", "refusal")]
+        texts = [delta.get(name) for name in ("reasoning_content", "reasoning", "refusal")]
+        texts += _texts_of(delta.get("content"))
         texts += [call.get("function", {}).get("arguments") for call in delta.get("tool_calls") or ()]
+        if isinstance(old_call := delta.get("function_call"), dict):
+            texts.append(old_call.get("arguments"))
         # Half a surrogate pair is a text to JSON, and none to UTF-8.
         sizes += [len(text.encode(errors="replace")) for text in texts if isinstance(text, str) and text]
     return Said(len(sizes), sum(sizes))
+
+
+def _texts_of(content: Any) -> list[Any]:
+    """A text, or the texts of all parts where it has parts, as of a model that thinks in parts."""
+    match content:
+        case list():
+            return [text for part in content for text in _texts_of(part)]
+        case {"thinking": inner} | {"text": inner}:
+            return _texts_of(inner)
+        case str():
+            return [content]
+    return []

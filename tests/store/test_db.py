@@ -110,3 +110,24 @@ async def test_a_step_that_fails_leaves_the_file_as_it_was(connect: Connect, tmp
         await connect(path)
     assert look(path, "PRAGMA user_version") == [(0,)]
     assert look(path, "SELECT name FROM sqlite_master") == [("capability",)]
+
+
+async def test_nothing_is_written_to_a_file_that_nobody_finds_again(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "headwater.db", tmp_path / "elsewhere.db"
+    connection = await db.connect(path, MAIN)
+
+    async def write(upstream: str) -> None:
+        row = (upstream, "m", "c", "streams", 1, "seen", 1.5)
+        await connection.transact(lambda file: file.execute("INSERT INTO capability VALUES (?, ?, ?, ?, ?, ?, ?)", row))
+
+    await write("before")
+    path.rename(elsewhere)
+    with pytest.raises(sqlite3.OperationalError, match="deleted or replaced"):
+        await write("deleted")
+    path.touch()
+    with pytest.raises(sqlite3.OperationalError, match="deleted or replaced"):
+        await write("replaced")
+    elsewhere.rename(path)
+    await write("back")
+    await connection.close()
+    assert look(path, "SELECT upstream FROM capability") == [("back",), ("before",)]
