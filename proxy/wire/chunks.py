@@ -131,8 +131,9 @@ def fill_in(completion: dict[str, Any], *, fallback_id: str, created: int, model
 def assemble(stream: Iterable[bytes]) -> dict[str, Any]:
     """The completion that a stream in normal form says. `stream` is its segments, each of whole events.
 
-    Text is joined, tool calls by their index, lists (log probabilities, annotations) appended; of anything else the
-    last value that is not null counts. Costs about 1 ms per 400 chunks.
+    Text is joined, and so are the arguments of tool calls, by their index, and of the one call of the old kind
+    (`function_call`); lists (log probabilities, annotations) are appended; of anything else the last value that is not null
+    counts. Costs about 1 ms per 400 chunks.
     """
     completion: dict[str, Any] = {}
     choices: dict[int, _Choice] = {}
@@ -177,6 +178,8 @@ class _Choice:
             if name == "tool_calls" and isinstance(value, list):
                 for call in value:
                     self._add_call(call)
+            elif name == "function_call" and isinstance(value, dict):
+                _add_function(self._message, name, value)
             elif name != "role" and isinstance(value, str):
                 self._texts.setdefault(name, []).append(value)
             else:
@@ -186,30 +189,37 @@ class _Choice:
         call = self._calls.setdefault(delta["index"], {})
         for name, value in delta.items():
             if name == "function" and isinstance(value, dict):
-                function = call.setdefault("function", {})
-                for key, part in value.items():
-                    if key == "arguments" and isinstance(part, str):
-                        known = function.get("arguments")
-                        if isinstance(known, list):
-                            known.append(part)
-                        else:
-                            function["arguments"] = [part]
-                    else:
-                        _merge(function, key, part)
+                _add_function(call, name, value)
             elif name != "index":
                 _merge(call, name, value)
 
     def result(self) -> dict[str, Any]:
         message = self._message | {name: "".join(parts) for name, parts in self._texts.items()}
         if self._calls:
-            message["tool_calls"] = [self._finished_call(self._calls[index]) for index in sorted(self._calls)]
-        return {"message": message, "finish_reason": None, **self._members}
+            message["tool_calls"] = [_finished(self._calls[index], "function") for index in sorted(self._calls)]
+        return {"message": _finished(message, "function_call"), "finish_reason": None, **self._members}
 
-    def _finished_call(self, call: dict[str, Any]) -> dict[str, Any]:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), list):
-            function["arguments"] = "".join(function["arguments"])
-        return call
+
+def _add_function(into: dict[str, Any], name: str, delta: dict[str, Any]) -> None:
+    """Add a part of a function's call, whose arguments come in pieces: they are a list until it is `_finished`."""
+    if not isinstance(function := into.get(name), dict):
+        function = into[name] = {}
+    for key, part in delta.items():
+        if key == "arguments" and isinstance(part, str):
+            known = function.get("arguments")
+            if isinstance(known, list):
+                known.append(part)
+            else:
+                function["arguments"] = [part]
+        else:
+            _merge(function, key, part)
+
+
+def _finished(owner: dict[str, Any], name: str) -> dict[str, Any]:
+    function = owner.get(name)
+    if isinstance(function, dict) and isinstance(function.get("arguments"), list):
+        function["arguments"] = "".join(function["arguments"])
+    return owner
 
 
 def _merge(into: dict[str, Any], name: str, value: Any) -> None:

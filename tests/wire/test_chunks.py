@@ -272,6 +272,13 @@ def test_arguments_may_begin_with_null(first: str | None) -> None:
     assert made["message"]["tool_calls"][0]["function"]["arguments"] == (first or "") + "}"
 
 
+def test_a_call_of_the_old_kind_is_joined_too() -> None:
+    """`function_call`: https://platform.openai.com/docs/api-reference/chat-streaming"""
+    head, *pieces = {"name": "f", "arguments": ""}, {"arguments": '{"a":'}, {"arguments": "1}"}
+    made = put_together(delta(function_call=None), *(delta(function_call=part) for part in (head, *pieces)))
+    assert made["message"]["function_call"] == {"name": "f", "arguments": '{"a":1}'}
+
+
 def test_the_last_value_that_is_not_null_counts_and_lists_grow() -> None:
     opening = {**delta(role="assistant", content="a"), "system_fingerprint": "fp", "service_tier": None}
     opening["choices"][0]["logprobs"] = {"content": [1], "refusal": None}
