@@ -194,7 +194,14 @@ class _Choice:
                 _merge(call, name, value)
 
     def result(self) -> dict[str, Any]:
-        message = self._message | {name: "".join(parts) for name, parts in self._texts.items()}
+        message = dict(self._message)
+        for name, parts in self._texts.items():
+            text, others = "".join(parts), message.get(name)
+            if isinstance(others, list):
+                # Some models think in parts before they answer in text: https://docs.mistral.ai/studio-api/conversations/reasoning
+                message[name] = [*others, {"type": "text", "text": text}] if text else others
+            else:
+                message[name] = text
         if self._calls:
             message["tool_calls"] = [_finished(self._calls[index], "function") for index in sorted(self._calls)]
         return {"message": _finished(message, "function_call"), "finish_reason": None, **self._members}

@@ -27,10 +27,19 @@ def estimate(count: Count, body: dict[str, Any], completion: dict[str, Any]) -> 
     for name in ("tools", "functions", "response_format"):
         if body.get(name):
             prompt += count(dumps(body[name]).decode())
-    answer = sum(_count_value(count, choice["message"]) for choice in completion["choices"])
-    # The role of each answer is not generated.
-    answer -= sum(count(choice["message"].get("role") or "") for choice in completion["choices"])
-    return Usage(prompt, max(answer, 0), estimated=True)
+    answer = sum(_count_value(count, _generated(choice["message"])) for choice in completion["choices"])
+    return Usage(prompt, answer, estimated=True)
+
+
+def _generated(message: dict[str, Any]) -> dict[str, Any]:
+    """What of an answer the model has made: not its role, and once what is said under two names."""
+    twice = {"role"}
+    if reasoning := message.get("reasoning"):
+        # The details say the same: https://openrouter.ai/docs/use-cases/reasoning-tokens
+        twice.add("reasoning_details")
+        if message.get("reasoning_content") == reasoning:
+            twice.add("reasoning_content")
+    return {name: value for name, value in message.items() if name not in twice}
 
 
 def _count_value(count: Count, value: Any) -> int:

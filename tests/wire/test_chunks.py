@@ -279,6 +279,13 @@ def test_a_call_of_the_old_kind_is_joined_too() -> None:
     assert made["message"]["function_call"] == {"name": "f", "arguments": '{"a":1}'}
 
 
+def test_thoughts_that_come_in_parts_stay_before_the_text() -> None:
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}
+    parts = [delta(role="assistant", content=""), delta(content=[thought]), delta(content="H"), delta(content="i")]
+    assert put_together(*parts[:2])["message"]["content"] == [thought]
+    assert put_together(*parts)["message"]["content"] == [thought, {"type": "text", "text": "Hi"}]
+
+
 def test_the_last_value_that_is_not_null_counts_and_lists_grow() -> None:
     opening = {**delta(role="assistant", content="a"), "system_fingerprint": "fp", "service_tier": None}
     opening["choices"][0]["logprobs"] = {"content": [1], "refusal": None}

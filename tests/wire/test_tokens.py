@@ -84,6 +84,10 @@ def test_what_describes_tools_and_formats_is_prompt_too(name: str) -> None:
         (answer({"content": "one two three"}), 3),
         (answer({"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b c"}), 3),
         (answer({"role": "assistant", "reasoning_content": "hm hm", "content": "a"}), 3),
+        (answer({"reasoning_content": "hm hm", "reasoning": "hm hm", "content": "a"}), 3),
+        (answer({"reasoning_content": "hm", "reasoning": "so so", "content": "a"}), 4),
+        (answer({"reasoning": "hm hm", "reasoning_details": [{"text": "hm hm"}], "content": "a"}), 3),
+        (answer({"reasoning_details": [{"text": "hm hm"}], "content": "a"}), 3),
         (answer({"role": "assistant", "refusal": "no way"}), 2),
         (
             answer({"role": "assistant", "tool_calls": [{"id": "x y", "function": {"name": "f", "arguments": "a b"}}]}),
