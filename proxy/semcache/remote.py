@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from proxy.errors import UpstreamError
+from proxy.errors import ProxyError
 from proxy.semcache.embedder import EmbeddingError, Vector, unit
 from proxy.upstream.session import Upstream, UpstreamSession
 from proxy.upstream.watch import Watch
@@ -53,7 +53,7 @@ class UpstreamEmbedder:
         body = dumps({"model": self._model, "input": [text], "encoding_format": "base64"})
         try:
             reply = await self._ask(body)
-        except UpstreamError as error:
+        except ProxyError as error:
             if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.status == HTTPStatus.TOO_MANY_REQUESTS:
                 self._rests_until = self._session.wheel.now() + self._rest_s
             raise EmbeddingError(f"{self.name} failed: {error.message}") from None

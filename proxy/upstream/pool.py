@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from errno import EMFILE, ENFILE
 
-from proxy.errors import Trouble, UpstreamError
+from proxy.errors import OverloadedError, Trouble, UpstreamError
 from proxy.upstream.endpoint import Endpoint
 from proxy.upstream.http1 import Connection
 from proxy.upstream.tls import TlsFailure
@@ -30,7 +31,8 @@ class Origin:
     async def connect(self, protocol: asyncio.Protocol, timeout_s: float) -> None:
         """Give `protocol` a connection, within `timeout_s` for all of it: names, TCP, tunnel, TLS.
 
-        UpstreamError when none comes about; it tells the upstream from the proxy before it.
+        UpstreamError when none comes about; it tells the upstream from the proxy before it. OverloadedError when this process
+        may open no more: no upstream is to be avoided for that.
         """
         who, code = f"The upstream '{self.name}'", "upstream"
         if self.proxy is not None:
@@ -55,6 +57,9 @@ class Origin:
         except TlsFailure as error:
             raise UpstreamError(502, f"{code}_tls_error", f"{who} gave no trusted connection: {error}.") from error
         except OSError as error:
+            if error.errno in (EMFILE, ENFILE):
+                words = "The proxy has as many connections and files open as the system allows."
+                raise OverloadedError("too_many_open_files", words) from error
             raise UpstreamError(502, f"{code}_unreachable", f"{who} cannot be reached.") from error
 
 
@@ -105,7 +110,7 @@ class Pool:
         return None
 
     async def connect(self) -> Connection:
-        """A new connection. UpstreamError when none can be made."""
+        """A new connection. UpstreamError or OverloadedError when none can be made."""
         connection = Connection(self)
         await self._origin.connect(connection, self._connect_timeout_s)
         self._made_at[connection] = self._loop.time()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
+from proxy.errors import OverloadedError
 from proxy.upstream.endpoint import Endpoint
 from proxy.upstream.http1 import Exchange
 from proxy.upstream.pool import Origin, Pool
@@ -124,3 +129,17 @@ async def test_the_one_that_is_due_first_is_closed_first_whoever_came_back_first
         old.close()
 
         assert [await server.is_left(), await server.is_left()] == [1, 2]
+
+
+async def test_a_process_that_may_open_no_more_blames_no_upstream() -> None:
+    async with pooled() as (_, pool):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            with pytest.raises(OverloadedError, match="as the system allows") as caught:
+                await pool.connect()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert (caught.value.status, caught.value.retry_after) == (503, "1")
