@@ -33,9 +33,7 @@ _SLACK = 1e-6
 _SWEPT = 2
 
 _SLOT_RETRY_S = 1
-
-# More than any model takes or gives: what an upstream tells beyond that is a mistake, and nobody is to pay it back for years.
-_MAX_TOKENS = 10**7
+_MAX_COMPLETION_TOKENS = 10**7
 
 # A clock that was centuries ahead for a moment is not to leave a time too large to add a second to.
 _MAX_STEP_S = 86_400.0
@@ -204,14 +202,11 @@ class Limiter:
         return decision
 
     def settle(self, admission: Admission, tokens: int, now: float) -> None:
-        """The call has ended, and took so many tokens, of which 10**7 count: its slots are free.
-
-        Nothing at all when it was settled before.
-        """
+        """The call has ended, and took so many tokens: its slots are free. Nothing at all when it was settled before."""
         if admission.is_settled:
             return
         admission.is_settled = True
-        time, tokens = self._tick(now), min(tokens, _MAX_TOKENS)
+        time = self._tick(now)
         for state in admission.states:
             state.move(state.limits, time)
             state.running -= 1
@@ -293,7 +288,7 @@ def most_completion_tokens(body: Mapping[str, Any]) -> int | None:
     if most is None:
         return None
     choices = body.get("n")
-    return int(min(most * max(1, choices if type(choices) is int else 1), _MAX_TOKENS))
+    return int(min(most * max(1, choices if type(choices) is int else 1), _MAX_COMPLETION_TOKENS))
 
 
 def duration(seconds: float) -> str:

@@ -80,12 +80,6 @@ def test_what_was_taken_beyond_the_bucket_is_paid_back_first() -> None:
     admitted(limiter.admit(chain, 100, 130))
 
 
-def test_what_no_answer_can_have_taken_does_not_have_to_be_paid_back() -> None:
-    limiter, chain = Limiter(0), [holder(tokens=60_000_000)]
-    limiter.settle(admitted(limiter.admit(chain, 0, 0)), 10**18, 0)
-    assert told(limiter, chain, 0)["remaining-tokens"] == "50000000"
-
-
 def test_a_long_call_holds_its_tokens_for_a_minute_and_pays_at_its_end() -> None:
     limiter, chain = Limiter(0), [holder(tokens=600)]
     first, second = (admitted(limiter.admit(chain, 300, now)) for now in (0, 20))
