@@ -32,6 +32,14 @@ def is_private(host: str) -> bool:
     return "." not in name or name.endswith((".localhost", ".local", ".home.arpa", ".internal"))
 
 
+def host_of(url: str) -> str:
+    """The host that a URL names, in lower case and without brackets; "" where it names none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
 def is_base_url(url: str) -> bool:
     """Whether an API can begin at this URL."""
     try:

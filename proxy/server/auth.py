@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
+from proxy.addresses import host_of, is_loopback
 from proxy.chat import LOCAL, Identity
 from proxy.errors import ClientError
 from proxy.policy.keys import allows, is_same
@@ -38,12 +39,13 @@ class Auth:
         raise ClientError(401, "missing_api_key", f"No API key was sent: send it {_HOW}.")
 
     def admit_admin(self, headers: Mapping[str, str]) -> None:
-        """Let an administrator in: who presents the admin key, or anybody where there is none and no one needs a key.
+        """Let an administrator in: who presents the admin key or, where there is none and no one needs a key, anybody here.
 
         ClientError 401 for all others, 403 where nobody can be one.
         """
         if self._admin_key is None:
             if self.is_open:
+                _check_host(headers)
                 return
             words = 'With auth.mode = "keys" this needs an admin key, and none is configured: see auth.admin_key_env.'
             raise ClientError(403, "no_admin_key", words)
@@ -57,6 +59,19 @@ class Auth:
 
     def _is_admin(self, key: str) -> bool:
         return self._admin_key is not None and is_same(key, self._admin_key)
+
+
+def _check_host(headers: Mapping[str, str]) -> None:
+    """ClientError 403 for a request that names this machine otherwise than a program on it does.
+
+    A page may have its own name point here once it is loaded (DNS rebinding), and then reads what it likes: with a GET to what
+    it takes for its own server a browser sends no `Origin` (https://fetch.spec.whatwg.org/#append-a-request-origin-header), and
+    only `Host`, which RFC 9112 §3.2 requires, tells. Programs that send none are no browsers.
+    """
+    host = headers.get("Host")
+    if host is not None and not is_loopback(host_of(f"http://{host}")):
+        words = "Without an admin key this is served to localhost only, and by no other name: see auth.admin_key_env."
+        raise ClientError(403, "host_not_allowed", words)
 
 
 def caller_of(identity: Identity, headers: Mapping[str, str]) -> str:

@@ -9,11 +9,10 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from proxy.addresses import is_loopback
+from proxy.addresses import host_of, is_loopback
 from proxy.chat import LEFT_STATUS, LOCAL, Identity, Mode, Outcome, Status, status_of
 from proxy.errors import ClientError, OverloadedError, ProxyError
 from proxy.server.accounting import Entry
@@ -213,7 +212,7 @@ def _cors(headers: Mapping[str, str], state: State) -> dict[str, str]:
     """
     origin = headers["Origin"]
     # The Host header is the page's word too: a name that a stranger has pointed at this machine is no page of ours.
-    if origin == f"http://{headers.get('Host', '')}" and is_loopback(_host_of(origin)):
+    if origin == f"http://{headers.get('Host', '')}" and is_loopback(host_of(origin)):
         return {}
     allowed = state.settings.server.cors_origins
     if origin not in allowed and "*" not in allowed:
@@ -226,13 +225,6 @@ def _cors(headers: Mapping[str, str], state: State) -> dict[str, str]:
         "Access-Control-Max-Age": "600",
         "Vary": "Origin",
     }
-
-
-def _host_of(origin: str) -> str:
-    try:
-        return urlsplit(origin).hostname or ""
-    except ValueError:
-        return ""
 
 
 def _unmade(visit: Visit, status: Status, http_status: int, error: str | None, duration_s: float) -> Outcome:

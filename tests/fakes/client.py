@@ -123,7 +123,7 @@ def request(head: str, *headers: str, body: bytes | None = None) -> bytes:
     """A request: `head` is its first line without the version, or with it when it is not 1.1."""
     first = head if " HTTP/" in head else f"{head} HTTP/1.1"
     length = [] if body is None else [f"Content-Length: {len(body)}"]
-    return "\r\n".join([first, "Host: proxy", *headers, *length, "", ""]).encode() + (body or b"")
+    return "\r\n".join([first, "Host: localhost", *headers, *length, "", ""]).encode() + (body or b"")
 
 
 def chat(content: str = "Hi", *headers: str, version: str = "1.1", **members: Any) -> bytes:

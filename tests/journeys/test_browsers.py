@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import Proxy, Start
+from tests.conftest import ADMIN_KEY, Proxy, Start
 from tests.fakes.upstream import FakeUpstream, answer, refuse
 from tests.server.test_auth import KEYS, made_key
 
@@ -30,6 +30,36 @@ async def test_a_page_that_was_not_named_is_refused(upstream: FakeUpstream, prox
 async def test_a_page_that_was_not_named_is_refused_everywhere(proxy: Proxy, path: str) -> None:
     async with proxy.get(path, headers={"Origin": PAGE}) as response:
         assert response.status == 403
+
+
+# A page's own name, which its owner points at this machine once it is loaded: with a GET a browser then sends no Origin.
+HOSTS = [
+    ("127.0.0.1:8100", 200),
+    ("LocalHost", 200),
+    ("[::1]:8100", 200),
+    ("evil.example:8100", 403),
+    ("127.0.0.1.evil.example", 403),
+    ("[", 403),
+]
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS)
+@pytest.mark.parametrize("path", ["/admin/keys", "/metrics"])
+async def test_a_strangers_name_for_this_machine_makes_no_administrator(
+    proxy: Proxy, path: str, host: str, status: int
+) -> None:
+    async with proxy.get(path, headers={"Host": host}) as response:
+        assert response.status == status
+
+    # A web server in front passes on the name that it is asked by.
+    async with proxy.get("/v1/models", headers={"Host": host}) as response:
+        assert response.status == 200
+
+
+async def test_an_administrator_with_a_key_may_use_any_name(start: Start) -> None:
+    proxy = await start(auth={"admin_key_env": "ADMIN_KEY"})
+    async with proxy.get("/admin/keys", headers={"Host": "llm.example", "api-key": ADMIN_KEY}) as response:
+        assert response.status == 200
 
 
 async def test_a_page_of_our_own_is_served(upstream: FakeUpstream, proxy: Proxy) -> None:
