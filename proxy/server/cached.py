@@ -110,7 +110,8 @@ async def explain(request: web.Request) -> web.StreamResponse:
     caller = caller_of(LOCAL, state.auth.without_admin_key(headers))
     if not state.auth.is_open:
         caller = caller_of_team(state.accounts.team(request.query.get("team", LOCAL.team)).id)
-    lookup = state.pipeline.lookup(chat, upstream_headers(headers), caller, wishes)
+    going_up = upstream_headers(headers, for_team=not state.auth.is_open)
+    lookup = state.pipeline.lookup(chat, going_up, caller, wishes)
     if lookup is None or not lookup.wish.looks_up:
         words = (
             "Nothing is looked up for such a request: see cache.exact, the model's cache, and the request's headers."

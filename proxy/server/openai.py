@@ -33,17 +33,19 @@ JOB, PURPOSE = "x-headwater-job", "x-headwater-purpose"
 """The headers by which a call says which job it belongs to, and in a word of its own what it is for."""
 
 # What an account at an upstream holds (https://platform.openai.com/docs/api-reference): all teams' alike, and what is done with
-# it may name models of its own.
+# it may name models of its own. Sessions too: their secrets open the account past this proxy.
 _OF_THE_ACCOUNT = frozenset(
     (
         "assistants",
         "batches",
+        "chatkit",
         "containers",
         "conversations",
         "evals",
         "files",
         "fine_tuning",
         "organization",
+        "realtime",
         "threads",
         "uploads",
         "vector_stores",
@@ -53,8 +55,9 @@ _OF_THE_ACCOUNT = frozenset(
 # What generates text: its answers have as many tokens as nobody knows.
 _GENERATING = ("completions", "responses", "messages")
 
-# What names a field `model` for any reader of forms, plainly or as RFC 5987 has it.
-_MODEL_NAMES = re.compile(rb"""[;\s]name\*?\s*=\s*(?:[\w-]+'[^']*')?"?model["';\s]""", re.IGNORECASE)
+# What may name a field `model` for any reader of forms: plainly, with backslashes (RFC 9110 §5.6.4), or encoded or in pieces
+# (RFC 2231), whatever name that is: no program names its fields so (RFC 7578 §5.1).
+_MODEL_NAMES = re.compile(rb"""[;\s]name(?:\*[\d*]*\s*=|\s*=\s*"?\\?m\\?o\\?d\\?e\\?l["';\s])""", re.IGNORECASE)
 
 
 def chat_completions(
@@ -101,7 +104,8 @@ def prepared(
     entry.admit(visit.headers, len(chat.raw), most_completion_tokens(chat.body))
 
     def start() -> Seat:
-        seat = state.pipeline.start(visit.id, chat, upstream_headers(headers), caller, wishes, ticket=entry)
+        going_up = upstream_headers(headers, for_team=visit.identity.key != "")
+        seat = state.pipeline.start(visit.id, chat, going_up, caller, wishes, ticket=entry)
         visit.is_call = True
         entry.log = seat.log
         return seat
@@ -166,7 +170,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         path = f"{path}?{query}"
     if ".." in unquote(request.rel_url.raw_path).replace("\\", "/").split("/"):
         raise ClientError(404, "not_found", "This path is not served here.")
-    headers = dict(upstream_headers(request.headers))
+    headers = dict(upstream_headers(request.headers, for_team=visit.identity.key != ""))
     headers |= {name: value for name in ("Accept", "Content-Type") if (value := request.headers.get(name)) is not None}
     headers["x-request-id"] = visit.id
     response: web.StreamResponse | None = None

@@ -44,6 +44,10 @@ _SET_BY_US = frozenset(
     )
 )
 
+# For which of those that our credential has a part in a request is to be: whose account it uses, and who pays
+# (https://platform.openai.com/docs/api-reference/authentication, https://cloud.google.com/apis/docs/system-parameters).
+_OF_THE_ACCOUNT = frozenset(("openai-organization", "openai-project", "x-goog-user-project"))
+
 _NEVER_UP = HOP_BY_HOP | _CREDENTIALS | _SET_BY_US | {"origin", "referer", "forwarded", "via", "x-real-ip"}
 
 _NEVER_UP_PREFIXES = ("x-forwarded-", "x-headwater-", "sec-", "cf-", "accept-", "if-")
@@ -73,15 +77,18 @@ STREAM_HEADERS = {
 }
 
 
-def upstream_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def upstream_headers(headers: Mapping[str, str], *, for_team: bool = False) -> tuple[tuple[str, str], ...]:
     """The client's headers that go on to the upstream: custom and vendor ones (`openai-beta`, `idempotency-key`, …).
 
+    `for_team`: the client is one of several that share an account there, and none of them chooses another.
     `headers` finds names in any case, and may hold one several times, as aiohttp's do.
     """
     kept = tuple([pair for pair in headers.items() if _goes_up(pair[0])])
     if kept and "Connection" in headers:
         nominated = _nominated([value for name, value in headers.items() if name.lower() == "connection"])
         kept = tuple([pair for pair in kept if pair[0].lower() not in nominated])
+    if for_team:
+        kept = tuple([pair for pair in kept if pair[0].lower() not in _OF_THE_ACCOUNT])
     return kept
 
 

@@ -268,11 +268,12 @@ async def test_with_a_key_only_what_names_a_model_is_passed_on(upstream: FakeUps
     form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n%s\r\n'
     loose, file = form.replace(b"; name", b";NAME"), form.replace(b"name=", b'name="file"; filename=')
     forms = {"Content-Type": "multipart/form-data; boundary=x", **headers}
+    named = form % b"model-a" + b"--x--\r\n"
     tries: list[tuple[str, str, dict[str, str], bytes | None, int | str]] = [
         ("POST", "/embeddings", headers, b'{"model": "model-a"}', 200),
         ("POST", "/embeddings", headers, b'{"model": "model-b"}', "model_not_allowed"),
         ("POST", "/embeddings", headers, b"{}", "model_required"),
-        ("POST", "/audio/transcriptions", forms, form % b"model-a" + b"--x--\r\n", 200),
+        ("POST", "/audio/transcriptions", forms, named, 200),
         ("POST", "/audio/transcriptions", forms, form % b"model-b" + b"--x--\r\n", "model_not_allowed"),
         ("POST", "/audio/transcriptions", forms, form % b"model-a" + form % b"model-b", "several_models"),
         (
@@ -282,11 +283,24 @@ async def test_with_a_key_only_what_names_a_model_is_passed_on(upstream: FakeUps
             loose % b"model-a" + form % b"model-b" + b"--x--\r\n",
             "several_models",
         ),
+        *(
+            (
+                "POST",
+                "/audio/transcriptions",
+                forms,
+                form.replace(b'name="model"', other) % b"model-b" + named,
+                "several_models",
+            )
+            for other in (b"name*=utf-8''mod%%65l", b"name*0=mo; name*1=del", b'name="mo\\del"', b"name = model")
+        ),
         ("POST", "/audio/transcriptions", forms, form % b"model-a" + file + b"--x--\r\n", 200),
         ("POST", "/embeddings", headers, b'{"model": "model-a", "MODEL": "model-b"}', "several_models"),
         ("POST", "/files", headers, b"whatever", "model_required"),
         ("POST", "/files", forms, form % b"model-a" + b"--x--\r\n", "model_required"),
         ("POST", "//Batches", headers, b'{"model": "model-a"}', "model_required"),
+        # What these give out opens the account to whoever has it.
+        ("POST", "/realtime/sessions", headers, b'{"model": "model-a"}', "model_required"),
+        ("POST", "/chatkit/sessions", headers, b'{"model": "model-a"}', "model_required"),
         ("GET", "/files", headers, None, "model_required"),
         ("GET", "/batches?limit=9", headers, b'{"model": "model-a"}', "model_required"),
         ("GET", "/chat/completions", headers, None, "model_required"),
@@ -302,6 +316,24 @@ async def test_with_a_key_only_what_names_a_model_is_passed_on(upstream: FakeUps
         assert found == expected, (method, path)
         passed += expected == 200
     assert len([request for request in upstream.requests if request.path != "/v1/models"]) == passed
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/embeddings"])
+async def test_with_a_key_nobody_chooses_the_account_at_the_upstream(
+    upstream: FakeUpstream, proxy: Proxy, path: str
+) -> None:
+    """Who names an organization that the credential has no part in is answered 401, which would speak against the credential."""
+    headers = bearer((await made_key(proxy, team="alpha"))["key"])
+    chosen = {"OpenAI-Organization": "org-1", "OpenAI-Project": "proj_1", "X-Goog-User-Project": "p"}
+    upstream.plays(answer())
+
+    body = {"model": "model-a", "messages": _MESSAGES, "input": "Hi"}
+    async with proxy.post(path, body, headers={**headers, **chosen, "OpenAI-Beta": "x"}) as response:
+        assert response.status == 200
+
+    sent = next(request.headers for request in upstream.requests if request.path == f"/v1{path}")
+    assert sent["openai-beta"] == "x"
+    assert not {name.lower() for name in chosen} & sent.keys()
 
 
 @pytest.mark.parametrize("auth", [KEYS, {"mode": "open"}], ids=lambda auth: str(auth["mode"]))
