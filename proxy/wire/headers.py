@@ -88,13 +88,18 @@ def upstream_headers(headers: Mapping[str, str], *, for_team: bool = False) -> t
         nominated = _nominated([value for name, value in headers.items() if name.lower() == "connection"])
         kept = tuple([pair for pair in kept if pair[0].lower() not in nominated])
     if for_team:
-        kept = tuple([pair for pair in kept if pair[0].lower() not in _OF_THE_ACCOUNT])
+        kept = tuple([pair for pair in kept if _plain(pair[0]) not in _OF_THE_ACCOUNT])
     return kept
+
+
+def _plain(name: str) -> str:
+    """A header's name as an upstream may read it: to CGI and its kin `_` and `-` are the same (RFC 3875 §4.1.18)."""
+    return name.lower().replace("_", "-")
 
 
 @lru_cache(maxsize=1024)
 def _goes_up(name: str) -> bool:
-    low = name.lower()
+    low = _plain(name)
     return low not in _NEVER_UP and not low.startswith(_NEVER_UP_PREFIXES)
 
 

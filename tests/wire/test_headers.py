@@ -49,7 +49,7 @@ def test_headers_that_connection_names_stay_on_their_hop_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Authorization", "api-key", "x-api-key", "x-goog-api-key", "Cookie", "Proxy-Authorization"]
+    "name", ["Authorization", "api-key", "x-api-key", "X_API_Key", "x-goog-api-key", "Cookie", "Proxy-Authorization"]
 )
 def test_the_clients_credentials_never_reach_an_upstream(name: str) -> None:
     for spell in SPELLINGS:
@@ -62,11 +62,19 @@ def test_the_clients_credentials_never_reach_an_upstream(name: str) -> None:
         *("Host", "Content-Length", "Content-Type", "Content-Encoding", "Accept", "Accept-Encoding", "Accept-Language"),
         *("Expect", "User-Agent", "X-Request-Id", "Origin", "Referer", "Forwarded", "Via", "X-Real-Ip"),
         *("X-Forwarded-For", "X-Headwater-Target", "Sec-Fetch-Mode", "CF-Connecting-IP", "If-None-Match"),
+        # To an upstream that is told its headers as CGI has it (RFC 3875 §4.1.18) these are the same.
+        *("Content_Length", "Transfer_Encoding", "X_Forwarded-For", "X_Request_ID"),
     ],
 )
 def test_what_describes_the_clients_own_hop_is_not_passed_on(name: str) -> None:
     """Among them Content-Encoding: the body that goes up has been decoded."""
     assert upstream_headers(CIMultiDict({name: "x"})) == ()
+
+
+@pytest.mark.parametrize("name", ["OpenAI-Organization", "openai_project", "X-Goog-User-Project"])
+def test_a_team_chooses_no_account_at_the_upstream(name: str) -> None:
+    assert upstream_headers(CIMultiDict({name: "x", "OpenAI-Beta": "y"}), for_team=True) == (("OpenAI-Beta", "y"),)
+    assert upstream_headers(CIMultiDict({name: "x"})) == ((name, "x"),)
 
 
 def test_vendors_headers_reach_the_upstream_as_they_were_written() -> None:
