@@ -379,7 +379,7 @@ def _plain_words(body: str, content_type: str) -> str:
     """What a body that is no JSON says to a person: the title of an HTML page, or the start of a text."""
     text = body[: 64 * 1024].strip()
     if "html" in content_type or text[:15].lower().startswith(("<!doctype", "<html")):
-        title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+        title = re.search(r"<title[^<>]*>([^<]*)</title>", text, re.IGNORECASE)
         said = " ".join(title.group(1).split())[:_SHOWN_CHARACTERS] if title else ""
         return f"an HTML page, “{said}”" if said else "an HTML page"
     return " ".join(text.split())[:_SHOWN_CHARACTERS]

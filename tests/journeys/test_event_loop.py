@@ -176,3 +176,20 @@ async def test_a_form_that_begins_again_and_again(upstream: FakeUpstream, proxy:
         proxy.post("/audio/transcriptions", b"--b\r\n" + unit * 10_000, headers=headers) as response,
     ):
         assert response.status == 200
+
+
+@pytest.mark.parametrize("unit", [b"<title>", b"<title"])
+async def test_an_error_page_whose_title_begins_again_and_again(
+    upstream: FakeUpstream, proxy: Proxy, unit: bytes
+) -> None:
+    """56 kB of it took 4 s."""
+
+    async def page(request: Received, wire: Wire) -> None:
+        await wire.head(400, content_type="text/html")
+        await wire.chunk(unit * 9_000)
+        await wire.end()
+
+    upstream.plays(page)
+    async with never_held(), proxy.chat() as response:
+        assert response.status == 400
+        assert "an HTML page" in await response.text()
