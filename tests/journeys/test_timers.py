@@ -49,11 +49,15 @@ async def _read_until(response: aiohttp.ClientResponse, wanted: bytes, times: in
     return body
 
 
+def _as_told(response: aiohttp.ClientResponse, events: bytes) -> bytes:
+    """The upstream's events under the id that the head has told: another one where a ping came before the upstream's."""
+    return events.replace(b"chatcmpl-up", response.headers["x-headwater-stream"].encode())
+
+
 def _under(response: aiohttp.ClientResponse, events: bytes) -> bytes:
-    """The upstream's events under the id that the head has told, which a ping sends before the upstream's is known."""
-    told = response.headers["x-headwater-stream"].encode()
-    assert told != b"chatcmpl-up"
-    return events.replace(b"chatcmpl-up", told)
+    """The upstream's events under an id of our own."""
+    assert response.headers["x-headwater-stream"] != "chatcmpl-up"
+    return _as_told(response, events)
 
 
 def _error_event(body: bytes) -> dict[str, Any]:
@@ -271,7 +275,8 @@ async def test_comments_keep_the_idle_timer_quiet(start: Start, upstream: FakeUp
         async with asyncio.timeout(_LONG):
             body += await response.read()
 
-    assert body.replace(_PING, b"") == role() + text("Let me think") + text(" … done") + finish() + DONE
+    said = role() + text("Let me think") + text(" … done") + finish() + DONE
+    assert body.replace(_PING, b"") == _as_told(response, said)
     assert (await proxy.ledger.next())["status"] == "ok"
 
 
@@ -450,12 +455,13 @@ async def test_pings_fill_a_silence_in_mid_answer_but_never_stand_inside_an_even
     proxy = await start(streaming={"heartbeat_interval_s": 0.05})
     async with proxy.chat(stream=True) as response:
         body = await _read_until(response, _PING, 3)
-        assert body.replace(_PING, b"") == role() + text("Hello, ")
+        assert body.replace(_PING, b"") == _as_told(response, role() + text("Hello, "))
         may_go_on.set()
         async with asyncio.timeout(_LONG):
             body += await response.read()
 
-    assert body.replace(_PING, b"") == role() + text("Hello, ") + text("one whole event") + finish() + DONE
+    said = role() + text("Hello, ") + text("one whole event") + finish() + DONE
+    assert body.replace(_PING, b"") == _as_told(response, said)
     assert body.endswith(DONE)
 
 
