@@ -296,6 +296,9 @@ class Producer:
             if pump.first_event_at is not None:
                 self.gaps.total += pump.said_at - pump.first_event_at
             answer.usage = normalizer.usage
+            if not (normalizer.has_finish or normalizer.is_done) and (job.recovery is not None or normalizer.says_more):
+                # Cut short, it says less than the usage of all, or more: that is counted.
+                answer.usage = None
             answer.model, answer.finish_reason = normalizer.model, normalizer.finish_reason
         watch.rest()
         if normalizer.error is not None:
@@ -303,9 +306,12 @@ class Producer:
                 502, "upstream_error", "The upstream sent an error without a message."
             )
         last = pump.rest if job.convert is None else job.convert(pump.rest)
-        if not (normalizer.has_finish or (normalizer.is_done and normalizer.is_meaningful)):
-            if last and answer.draft is None:
-                log.append(last)
+        is_over = normalizer.has_finish or (normalizer.is_done and normalizer.is_meaningful)
+        if last and (answer.draft is not None or answer.usage is None or not is_over):
+            # It is counted with the rest, and need not wait for that.
+            (log if answer.draft is None else answer.draft).append(last)
+            last = b""
+        if not is_over:
             raise UpstreamError(502, "upstream_broke", "The upstream's stream ended before the answer was whole.")
         if job.recovery is not None:
             job.recovery.end()
@@ -319,7 +325,7 @@ class Producer:
         answer.is_whole = normalizer.has_finish
         answer.is_mended = normalizer.malformed > 0
         self._answers.withdraw(answer)
-        usage = await self._usage_event(job, ask, normalizer, last)
+        usage = await self._usage_event(job, ask, normalizer)
         await self._finish(job, last, usage if job.convert is None else job.convert(usage))
         if ask.partial:
             self._learning.learn(key, Topic.PREFILL, True, "went on from a part of an answer")
@@ -406,7 +412,7 @@ class Producer:
             wants_running_usage=request.wants_running_usage,
         )
 
-    async def _usage_event(self, job: _Job, ask: Ask, normalizer: Normalizer, last: bytes) -> bytes:
+    async def _usage_event(self, job: _Job, ask: Ask, normalizer: Normalizer) -> bytes:
         """The event that says the usage, if anybody wants to know it, or it is to be kept with the answer."""
         answer = job.answer
         if ask.partial and answer.usage is not None:
@@ -416,7 +422,7 @@ class Producer:
         if not (is_wanted or answer.lookup is not None):
             return b""
         if is_wanted and answer.usage is None:
-            await self._count(answer, [*answer.said, last])
+            await self._count(answer, answer.said)
         return normalizer.usage_event(answer.usage)
 
     async def _take_whole(self, job: _Job, key: Key, ask: Ask, reply: Reply) -> None:
@@ -515,7 +521,8 @@ class Producer:
     async def _count(self, answer: Answer, said: list[bytes] | bytes) -> None:
         """Count the tokens that nobody told, elsewhere. Their number stays unknown where that fails, and nothing else does."""
         request = answer.call.request
-        answer.is_counted = True
         with suppress(TimeoutError):
             async with asyncio.timeout(_USAGE_S):
                 answer.usage = await self._encoders.estimate(request.model, request, said)
+        # Not before: who leaves meanwhile pays for what was generated, and that is still to be counted.
+        answer.is_counted = True

@@ -85,6 +85,7 @@ class Normalizer:
         "_model",
         "_parsed",
         "_splitter",
+        "_usage_at",
         "_usage_chunk",
         "_waiting",
         "error",
@@ -112,6 +113,7 @@ class Normalizer:
         self._created: int | None = None
         self._model: str | None = None
         self._usage_chunk: dict[str, Any] | None = None
+        self._usage_at = 0
         self.usage: Usage | None = None
         """What the upstream said last, or most."""
         self.finish_reason: str | None = None
@@ -142,6 +144,11 @@ class Normalizer:
     def events(self) -> int:
         """How many events were read, those that could not be understood not counted."""
         return self._parsed + sum(lane.events for lane in self._lanes)
+
+    @property
+    def says_more(self) -> bool:
+        """Whether anything came behind the last usage."""
+        return self.events > self._usage_at
 
     @property
     def has_finish(self) -> bool:
@@ -308,6 +315,7 @@ class Normalizer:
         usage, known = read_usage(chunk), self.usage
         if usage is None:
             return False
+        self._usage_at = self.events
         if known is None:
             self.usage = usage
             return True
