@@ -12,28 +12,30 @@ from proxy.inflight import InFlight
 from proxy.settings import Settings
 from proxy.upstream.session import Reply, UpstreamSession
 from proxy.upstream.watch import Watch
-from proxy.wire.usage import TAIL_BYTES, usage_at_end
+from proxy.wire.usage import END_BYTES, usage_at_ends
 
 
 class Passed:
-    """An upstream's reply on its way through. Nothing of it is read but, at its end, what it says of its usage."""
+    """An upstream's reply on its way through. Nothing of it is read but, at its ends, what it says of its usage."""
 
     def __init__(self, reply: Reply) -> None:
         self.status = reply.status
         self.headers = reply.headers
         self.awaiting_client = reply.awaiting_client
         self._reply = reply
-        self._tail = b""
+        self._head = self._tail = b""
 
     async def read(self) -> bytes:
         """The next bytes of its body; b"" at the end."""
         data = await self._reply.read()
-        self._tail = data[-TAIL_BYTES:] if len(data) >= TAIL_BYTES else (self._tail + data)[-TAIL_BYTES:]
+        if len(self._head) < END_BYTES:
+            self._head += data[: END_BYTES - len(self._head)]
+        self._tail = data[-END_BYTES:] if len(data) >= END_BYTES else (self._tail + data)[-END_BYTES:]
         return data
 
     @property
     def usage(self) -> Usage | None:
-        return usage_at_end(self._tail)
+        return usage_at_ends(self._head, self._tail)
 
 
 class Passing:
@@ -132,7 +134,8 @@ class Passing:
                     attempts=attempts,
                     ttft_s=ttft_s,
                     duration_s=self._session.wheel.now() - started,
-                    usage=None if passed is None else passed.usage,
+                    # Who reads what was made before, or deletes it, is told again what that took.
+                    usage=passed.usage if passed is not None and method == "POST" else None,
                     error=error.word if error is not None else None,
                     ticket=ticket,
                 )

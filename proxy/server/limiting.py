@@ -76,5 +76,5 @@ class Taken:
             return 0
         if outcome.usage is not None:
             return outcome.usage.prompt + outcome.usage.completion
-        # Nobody reads the answers to requests that are passed on.
-        return self._body_tokens if outcome.mode is Mode.PASSTHROUGH else 0
+        # Nobody reads the answers to requests that are passed on; one that is refused before has taken nothing.
+        return self._body_tokens if outcome.mode is Mode.PASSTHROUGH and outcome.attempts else 0

@@ -180,7 +180,8 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     headers["x-request-id"] = visit.id
     response: web.StreamResponse | None = None
     try:
-        entry.admit(visit.headers, len(body or b""), None if _last_word(path) in _GENERATING else 0)
+        generates = request.method == "POST" and _last_word(path) in _GENERATING
+        entry.admit(visit.headers, len(body or b""), None if generates else 0)
         visit.is_call = True
         async with state.passing.pass_on(visit.id, target, request.method, path, body, headers, entry) as reply:
             told = downstream_headers(reply.headers)

@@ -322,6 +322,7 @@ class Normalizer:
         self.usage = Usage(
             max(usage.prompt, known.prompt),
             max(usage.completion, known.completion),
+            usage.estimated,
             cached=max(usage.cached, known.cached),
             reasoning=max(usage.reasoning, known.reasoning),
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeGuard
 
 from proxy.chat import Usage
 from proxy.wire.encoding import loads
 
-TAIL_BYTES = 4096
+END_BYTES = 4096
 """Within so many of the last bytes of an answer its usage is said, whichever the route: behind the rest, and short."""
 
 _BYTES_PER_TOKEN = 4
@@ -24,8 +26,9 @@ _decoder = json.JSONDecoder()
 def read_usage(body: dict[str, Any]) -> Usage | None:
     """What a completion or chunk says of its tokens; Groq says it in `x_groq`. A zero is a figure, not a gap.
 
-    A count below 0 or above ten million is none, and what is said beside it is not believed either: nobody is to be paid
-    for a call, or to pay for what no model can give.
+    What is marked as an estimate, by this proxy or another one like it, is one. A count below 0 or above ten million is
+    none, and what is said beside it is not believed either: nobody is to be paid for a call, or to pay for what no model
+    can give.
     """
     usage = body.get("usage")
     if not usage and "x_groq" in body and isinstance(body["x_groq"], dict):
@@ -37,11 +40,18 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
     counts = [count for count in (prompt, completion) if _is_whole(count)]
     if not counts or min(counts) < 0 or max(counts) > _MOST_TOKENS:
         return None
+    prompt = prompt if _is_whole(prompt) else 0
+    completion = completion if _is_whole(completion) else 0
+    reasoning = _detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens")
+    if reasoning and usage.get("total_tokens") == prompt + completion + reasoning:
+        # xAI's thoughts are beside the answer and paid for like it: https://docs.x.ai/docs/key-information/consumption-and-rate-limits
+        completion += reasoning
     return Usage(
-        prompt if _is_whole(prompt) else 0,
-        completion if _is_whole(completion) else 0,
+        prompt,
+        completion,
+        usage.get("estimated") is True,
         cached=_detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
-        reasoning=_detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"),
+        reasoning=reasoning,
     )
 
 
@@ -58,20 +68,28 @@ def _is_whole(count: object) -> TypeGuard[int]:
     return isinstance(count, int) and not isinstance(count, bool)
 
 
-def usage_at_end(tail: bytes) -> Usage | None:
-    """What the end of an answer that nobody reads says of its tokens: the last usage object in it, of JSON or of a stream.
+def usage_at_ends(head: bytes, tail: bytes) -> Usage | None:
+    """What both ends of an answer that nobody reads say of its tokens: the last usage object there, of JSON or of a stream.
 
-    None where there is none.
+    Where that tells only of what was generated, the first one tells of the prompt: Anthropic's `message_delta` and
+    `message_start` (https://docs.anthropic.com/en/docs/build-with-claude/streaming). None where there is none.
     """
-    text = tail.decode("utf-8", "replace")
-    for found in reversed(list(_usage_member.finditer(text))):
+    *_, usage = [None, *_usages_in(tail)]
+    if usage is not None and not usage.prompt and (begun := next(_usages_in(head), None)) is not None:
+        return replace(usage, prompt=begun.prompt, cached=begun.cached)
+    return usage
+
+
+def _usages_in(part: bytes) -> Iterator[Usage]:
+    """What each usage object says that stands whole in a part of an answer."""
+    text = part.decode("utf-8", "replace")
+    for found in _usage_member.finditer(text):
         try:
             value, _ = _decoder.raw_decode(text, found.end())
         except ValueError:
             continue
         if (usage := read_usage({"usage": value})) is not None:
-            return usage
-    return None
+            yield usage
 
 
 class Said(NamedTuple):

@@ -8,7 +8,20 @@ import pytest
 
 from tests.conftest import Proxy, Start
 from tests.fakes.client import Client, chat
-from tests.fakes.upstream import DONE, FakeUpstream, Received, Silence, Wire, chunk, finish, role, text
+from tests.fakes.upstream import (
+    DONE,
+    FakeUpstream,
+    Received,
+    Silence,
+    Wire,
+    answer,
+    chunk,
+    event,
+    finish,
+    role,
+    stream,
+    text,
+)
 from tests.journeys.test_ledger import PRICE, TOKENS, calls, credits_of, give, key_of, with_team
 from tests.server.test_auth import KEYS
 
@@ -77,3 +90,55 @@ async def test_who_leaves_pays_for_all_that_was_said(
     client.reset()
     row = await charged(proxy)
     assert (row["prompt_tokens"], row["completion_tokens"], row["estimated"], row["status"]) == (*tokens, "cancelled")
+
+
+async def test_a_message_in_the_form_of_anthropic_is_paid_for_with_its_prompt(
+    upstream: FakeUpstream, proxy: Proxy
+) -> None:
+    """Its prompt is told at the beginning, and the rest at the end."""
+    upstream.plays(
+        stream(
+            event({"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 1}}}),
+            event({"type": "content_block_delta", "delta": {"type": "text_delta", "text": "word " * 2000}}),
+            event({"type": "message_delta", "usage": {"output_tokens": 15}}),
+            done=False,
+        )
+    )
+    body = {"model": "model-a", "messages": [], "stream": True}
+    async with proxy.post("/messages", body, headers=await key_of(proxy)) as response:
+        await response.read()
+    row = await charged(proxy)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (25, 15)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/resp-1", "/v1/chat/completions"])
+async def test_to_read_an_answer_that_was_made_before_takes_no_tokens(
+    upstream: FakeUpstream, start: Start, path: str
+) -> None:
+    proxy = await start()
+    upstream.plays(answer({"id": "resp-1", "usage": {"input_tokens": 8, "output_tokens": 3}}))
+    async with proxy.client.post(proxy.base.removesuffix("/v1") + "/admin/credits/teams/local/add", json={"amount": 5}):
+        pass
+    async with proxy.client.patch(proxy.base.removesuffix("/v1") + "/admin/teams/local", json=TOKENS) as response:
+        assert response.status == 200
+    async with proxy.get(path) as response:
+        assert response.status == 200
+        await response.read()
+    row = await proxy.ledger.next()
+    assert (row["mode"], row["prompt_tokens"], row["completion_tokens"]) == ("passthrough", None, None)
+    async with proxy.get("/api/credits/teams/local/balance") as response:
+        assert (await response.json())["credits_used"] == 0
+
+
+async def test_an_estimate_from_the_cache_is_an_estimate(upstream: FakeUpstream, start: Start) -> None:
+    proxy = await with_team(await start(auth=KEYS, more=PRICE, cache={"exact": True, "semantic": False}))
+    upstream.plays(at_once)
+    headers = await key_of(proxy)
+    await proxy.stream(headers=headers)
+    async with proxy.get("/ready") as response:
+        assert response.status == 200
+    await calls(proxy, 1)
+    await proxy.stream(headers=headers)
+    again = (await calls(proxy, 2))[1]
+    assert (again["mode"], again["prompt_tokens"], again["completion_tokens"]) == ("replay", *SAID_TOKENS)
+    assert (again["estimated"], again["credits"]) == (True, 0)

@@ -157,6 +157,15 @@ async def test_what_is_passed_on_is_limited_too(upstream: FakeUpstream, proxy: P
             assert response.headers["x-ratelimit-remaining-requests"] == "0"
 
 
+async def test_what_is_refused_before_it_is_passed_on_takes_no_tokens(proxy: Proxy) -> None:
+    assert (await admin(proxy, "PATCH", "/teams/alpha", {"budget_mode": "consumption_tokens"}))[0] == 200
+    headers = await key_of(proxy, tokens_per_minute=2000)
+    body = {"model": "model-a", "input": "x" * 6000}
+    for _ in range(2):
+        async with proxy.post("/embeddings", body, headers=headers) as response:
+            assert response.status == 402
+
+
 async def test_nobody_is_told_of_limits_where_there_are_none(upstream: FakeUpstream, proxy: Proxy) -> None:
     upstream.plays(echo)
     status, told, _ = await ask(proxy, await key_of(proxy))

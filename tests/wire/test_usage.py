@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.chat import Usage
-from proxy.wire.usage import TAIL_BYTES, said_in, usage_at_end
+from proxy.wire.usage import END_BYTES, said_in, usage_at_ends
 from tests.fakes.upstream import event, text
 
 DETAILS = {
@@ -23,7 +23,7 @@ DETAILED = Usage(36, 87, cached=30, reasoning=64)
 
 
 def tail(value: Any) -> bytes:
-    return json.dumps(value).encode()[-TAIL_BYTES:]
+    return json.dumps(value).encode()[-END_BYTES:]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,10 @@ def tail(value: Any) -> bytes:
             b"event: response.completed\ndata: " + tail({"response": {"usage": DETAILS, "user": None}}) + b"\n\n",
             DETAILED,
         ),
+        # Thoughts are among the answer's tokens, or beside them, as xAI has it: the total tells.
+        (tail({"usage": {**DETAILS, "total_tokens": 36 + 87}}), DETAILED),
+        (tail({"usage": {**DETAILS, "total_tokens": 36 + 87 + 64}}), Usage(36, 87 + 64, cached=30, reasoning=64)),
+        (tail({"usage": {"prompt_tokens": 7, "completion_tokens": 2, "estimated": True}}), Usage(7, 2, estimated=True)),
         (tail({"usage": None, "choices": []}), None),
         (tail({"text": 'says "usage": {"prompt_tokens": 5}'}), None),
         (tail({"usage": {"seconds": 12}}), None),
@@ -55,12 +59,30 @@ def tail(value: Any) -> bytes:
     ],
 )
 def test_the_end_of_an_answer_says_its_usage(end: bytes, usage: Usage | None) -> None:
-    assert usage_at_end(end) == usage
+    assert usage_at_ends(b"", end) == usage
+
+
+MESSAGE = b'data: {"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 1}}}'
+DELTA = b'data: {"type": "message_delta", "usage": {"output_tokens": 15}}'
+
+
+@pytest.mark.parametrize(
+    ("head", "end", "usage"),
+    [
+        (MESSAGE, DELTA, Usage(25, 15)),
+        (MESSAGE + DELTA, MESSAGE + DELTA, Usage(25, 15)),
+        (MESSAGE, b'{"usage": {"input_tokens": 30, "output_tokens": 15}}', Usage(30, 15)),
+        (b"{}", DELTA, Usage(0, 15)),
+        (MESSAGE, b"{}", None),
+    ],
+)
+def test_the_beginning_tells_of_the_prompt_where_the_end_does_not(head: bytes, end: bytes, usage: Usage | None) -> None:
+    assert usage_at_ends(head, end) == usage
 
 
 @given(st.binary(max_size=200))
 def test_whatever_an_answer_ends_with_is_no_failure(end: bytes) -> None:
-    usage_at_end(b'"usage": {' + end)
+    usage_at_ends(end, b'"usage": {' + end)
 
 
 @pytest.mark.parametrize(
