@@ -59,6 +59,8 @@ class _Job:
     watch: Watch
     attempts: Attempts
     recovery: Recovery | None = None
+    said_by: tuple[Target | None, str | None] = (None, None)
+    """Who said what broke, and as which model."""
     manners: dict[Target, tuple[Ask, list[tuple[Topic, str]]]] = field(default_factory=dict)
     """How to ask the targets that refused how they were asked, and what of it they refused."""
     convert: Callable[[bytes], bytes] | None = None
@@ -120,19 +122,24 @@ class Producer:
         """Make the answer and close its log. Raises UpstreamError, or ClientError, when there will be none."""
         attempts = Attempts(answer.call.route, self._circuits, self._streaming.max_retries, self._now)
         job = _Job(answer, watch, attempts)
-        while True:
-            answer.target = attempts.target
-            try:
-                with attempts:
-                    await self._ask_target(job)
-                return
-            except Diverged as reason:
-                assert job.recovery is not None
-                answer.usage = None
-                _log.info("%s: what broke was not saved: %s", answer.call.id, reason)
-                raise job.recovery.error from None
-            except UpstreamError as error:
-                await self._go_on(job, error)
+        try:
+            while True:
+                answer.target = attempts.target
+                try:
+                    with attempts:
+                        await self._ask_target(job)
+                    return
+                except Diverged as reason:
+                    assert job.recovery is not None
+                    answer.usage = None
+                    _log.info("%s: what broke was not saved: %s", answer.call.id, reason)
+                    raise job.recovery.error from None
+                except UpstreamError as error:
+                    await self._go_on(job, error)
+        finally:
+            if job.recovery is not None and not job.recovery.is_caught_up:
+                # Clients have nothing of who was to save it, nor is that one's price theirs.
+                (answer.target, answer.model), answer.finish_reason = job.said_by, None
 
     async def _go_on(self, job: _Job, error: UpstreamError) -> None:
         """Wait for the next attempt. Raises the error that clients are to be told when there is none."""
@@ -141,6 +148,8 @@ class Producer:
         job.convert = None
         if is_midway := bool(answer.log.segments):
             answer.has_broken = True
+            if job.recovery is None or job.recovery.is_caught_up:
+                job.said_by = answer.target, answer.model
             if job.recovery is None:
                 deadline = self._now() + self._streaming.recovery_timeout_s
                 setting = answer.call.route.recovery

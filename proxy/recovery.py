@@ -35,7 +35,7 @@ class Recovery:
 
     def take(self, said: Said | None) -> bool:
         """Note what was said until now, behind another break; whether an answer like that can be saved."""
-        self._said = said
+        self._said, self._splice = said, None
         return said is not None and self.left_s > 0
 
     @property

@@ -22,7 +22,8 @@ from tests.fakes.upstream import (
     stream,
     text,
 )
-from tests.journeys.test_ledger import PRICE, TOKENS, calls, credits_of, give, key_of, with_team
+from tests.journeys.test_ledger import DOLLARS, PRICE, TOKENS, calls, credits_of, give, key_of, with_team
+from tests.journeys.test_recovery import BOTH, broken
 from tests.server.test_auth import KEYS
 
 SAID = "Hello, how are you"
@@ -142,3 +143,34 @@ async def test_an_estimate_from_the_cache_is_an_estimate(upstream: FakeUpstream,
     again = (await calls(proxy, 2))[1]
     assert (again["mode"], again["prompt_tokens"], again["completion_tokens"]) == ("replay", *SAID_TOKENS)
     assert (again["estimated"], again["credits"]) == (True, 0)
+
+
+DEARER = """
+[[price]]
+models = ["up2/*"]
+input_usd_per_million = 10000
+output_usd_per_million = 10000
+"""
+
+
+async def test_who_leaves_while_another_target_is_to_save_the_answer_pays_who_said_it(
+    upstream: FakeUpstream, start: Start
+) -> None:
+    async with FakeUpstream() as second:
+        more = DEARER + PRICE.replace(', "up2/*"', "") + BOTH
+        proxy = await with_team(
+            await start(upstream.url, second.url, auth=KEYS, more=more, streaming={"resume_window_s": 0})
+        )
+        await give(proxy, 100_000, **DOLLARS)
+        key = await key_of(proxy)
+        silence = Silence(role(), chunk({"content": "Hello"}, usage=NOW))
+        upstream.plays(broken(role(), text(SAID)))
+        second.plays(silence)
+        client = await Client.to(proxy.port)
+        client.send(chat("Hi", f"Authorization: {key['Authorization']}", stream=True, model="both"))
+        await silence.is_heard()
+        client.reset()
+        (row,) = await calls(proxy, 1)
+    assert (row["target"], row["status"]) == ("up/model-a", "cancelled")
+    assert (row["prompt_tokens"], row["completion_tokens"], row["estimated"]) == (*SAID_TOKENS, True)
+    assert row["cost_usd"] == 0.018
