@@ -5,13 +5,13 @@ The guard lets the same words in another case pass, so `ASKED` and `LIKE` are al
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from proxy.policy.scale import ANCHORS
 from tests.fakes.upstream import FakeUpstream, Received, Wire, answer
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.conftest import Proxy
@@ -62,16 +62,17 @@ async def cache(proxy: Proxy) -> dict[str, Any]:
 
 async def has_kept(proxy: Proxy, entries: int) -> None:
     """Wait until there are that many entries."""
-    async with asyncio.timeout(_LONG):
-        while (await cache(proxy))["entries"] != entries:
-            pass
+    await until(lambda: cache(proxy), lambda found: found["entries"] == entries)
 
 
 async def has_indexed(proxy: Proxy, questions: int) -> None:
     """Wait until that many questions can be found by their meaning."""
-    async with asyncio.timeout(_LONG):
-        while (found := (await cache(proxy))["semantic"])["indexed"] != questions or not found["is_ready"]:
-            pass
+
+    def holds(found: dict[str, Any]) -> bool:
+        semantic = found["semantic"]
+        return bool(semantic["indexed"] == questions and semantic["is_ready"])
+
+    await until(lambda: cache(proxy), holds)
 
 
 async def entries(proxy: Proxy) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from tests.fakes.caching import (
 )
 from tests.fakes.upstream import FakeUpstream, echo
 from tests.test_command import Command, command
+from tests.waiting import until
 
 # Nothing is in memory: each answer that is served is one that was read from the disk.
 FROM_DISK = BY_MEANING | {"memory_mb": 0}
@@ -69,9 +70,7 @@ def rows(path: Path, query: str, *values: Any) -> list[Any]:
 
 async def is_ready(proxy: Proxy) -> None:
     """Wait until the index has all that it will have."""
-    async with asyncio.timeout(_LONG):
-        while not (await cache(proxy))["semantic"]["is_ready"]:
-            pass
+    await until(lambda: cache(proxy), lambda found: found["semantic"]["is_ready"])
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -40,6 +40,7 @@ from tests.fakes.upstream import (
 )
 from tests.journeys.test_coalescing import is_noticed, nothing_is_left
 from tests.journeys.test_shutdown import _stopping as stopping_proxy
+from tests.waiting import until
 
 _LONG = 30
 
@@ -270,9 +271,12 @@ async def test_a_near_hit_is_asked_again_and_the_verdict_counts(
     assert (asked["id"], asked["purpose"]) == (f"{hit['id']}-verify", "verify")
     assert "purpose" not in hit
     await has_kept(proxy, 3)
-    async with asyncio.timeout(_LONG):
-        while not (found := (await cache(proxy))["since_start"])["verified_right"] + found["verified_wrong"]:
-            pass
+
+    async def since_start() -> dict[str, Any]:
+        told: dict[str, Any] = (await cache(proxy))["since_start"]
+        return told
+
+    found = await until(since_start, lambda found: found["verified_right"] + found["verified_wrong"])
     assert (found["verified_right"], found["verified_wrong"]) == (is_right, not is_right)
     assert (found["lookups"], found["semantic_hits"]) == (3, 1), "what the proxy asks for itself is no lookup"
     assert await fate(proxy, headers, **asking(LIKE)) == "hit; exact"

@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tests.fakes.upstream import (
     text,
     usage,
 )
+from tests.waiting import until
 
 _LONG = 20
 _MOST_TURNS = 400
@@ -288,12 +289,6 @@ async def test_a_connection_that_breaks_at_any_moment_leaves_one_row_and_nothing
     assert statuses.keys() <= {"ok", "cancelled", "upstream_error"}
 
 
-async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(_LONG):
-        while not await condition():
-            pass
-
-
 async def test_a_connection_that_breaks_while_the_proxy_waits_to_write_to_it(
     start: Start, upstream: FakeUpstream
 ) -> None:
@@ -333,7 +328,7 @@ async def test_a_connection_that_breaks_while_the_proxy_waits_to_write_to_it(
                 assert (await proxy.ledger.next())["status"] == "ok"
             return 0 < before == sent
 
-        await _until(is_stuck)
+        await until(is_stuck, bool)
     async with asyncio.timeout(_LONG):
         await gone.wait()
 

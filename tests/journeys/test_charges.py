@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Proxy, Start
+from tests.fakes.caching import has_kept
 from tests.fakes.client import Client, chat
 from tests.fakes.upstream import (
     DONE,
@@ -132,14 +133,11 @@ async def test_to_read_an_answer_that_was_made_before_takes_no_tokens(
 
 
 async def test_an_estimate_from_the_cache_is_an_estimate(upstream: FakeUpstream, start: Start) -> None:
-    proxy = await with_team(await start(auth=KEYS, more=PRICE, cache={"exact": True, "semantic": False}))
+    proxy = await start(more=PRICE, cache={"exact": True, "semantic": False})
     upstream.plays(at_once)
-    headers = await key_of(proxy)
-    await proxy.stream(headers=headers)
-    async with proxy.get("/ready") as response:
-        assert response.status == 200
-    await calls(proxy, 1)
-    await proxy.stream(headers=headers)
+    await proxy.stream()
+    await has_kept(proxy, 1)
+    await proxy.stream()
     again = (await calls(proxy, 2))[1]
     assert (again["mode"], again["prompt_tokens"], again["completion_tokens"]) == ("replay", *SAID_TOKENS)
     assert (again["estimated"], again["credits"]) == (True, 0)

@@ -19,6 +19,7 @@ from tests.conftest import ADMIN_KEY
 from tests.fakes.upstream import DONE, FakeUpstream, Received, Wire, finish, role, text, usage
 from tests.store.ledgers import check_books, look
 from tests.test_command import Command, command
+from tests.waiting import until
 
 _LONG = 30
 _CONFIG = """
@@ -142,9 +143,9 @@ async def test_one_of_two_processes_dies_and_the_other_settles_for_it(upstream: 
         await one.kill()
         gate.opened.set()
         await asyncio.gather(*asking)
-        async with asyncio.timeout(_LONG):
-            while (balance := await other.admin("GET", "/credits/teams/alpha"))["credits_reserved"]:
-                pass
+        balance = await until(
+            lambda: other.admin("GET", "/credits/teams/alpha"), lambda found: not found["credits_reserved"]
+        )
         rows = Counter(row["status"] for row in (await other.admin("GET", "/calls"))["data"])
         assert rows["ok"] == balance["credits_used"]
         assert rows["interrupted"] > 0

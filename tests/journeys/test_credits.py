@@ -16,6 +16,7 @@ from tests.conftest import Proxy, Start, make_settings, running_proxy
 from tests.fakes.upstream import FakeUpstream, finish, refuse, role, stream, text, usage
 from tests.journeys.test_keys import bearer
 from tests.server.test_auth import ADMIN, KEYS, admin, made_key, routes
+from tests.waiting import until
 
 HELLO = stream(role(), text("Hello"), finish(), usage(1000, 500))
 # Dollars for a million tokens: such a call costs the operator 0.002 dollars, and the team a quarter more.
@@ -172,9 +173,8 @@ async def test_a_team_is_refilled_by_the_clock(tmp_path: Path, upstream: FakeUps
     assert reply["auto_refill"] == {"amount": 7.5, "period": "day", "next_at": start}
     # A second proxy keeps the house as soon as it is there.
     async with running_proxy(make_settings(tmp_path, upstream.url, auth=KEYS)):
-        async with asyncio.timeout(_LONG):
-            while (balance := (await admin(proxy, "GET", "/credits/teams/alpha"))[1])["credits_remaining"] == 0:
-                pass
+        path_of_team = "/credits/teams/alpha"
+        _, balance = await until(lambda: admin(proxy, "GET", path_of_team), lambda found: found[1]["credits_remaining"])
         assert balance["credits_remaining"] == 7.5, "what was missed is made up once"
         assert balance["auto_refill"]["next_at"] == start + 2 * day
         # To ask for the same again, or for another amount, pays nothing now.
@@ -205,9 +205,7 @@ async def test_the_shell_pays_while_the_proxy_runs(tmp_path: Path, upstream: Fak
     )
     out, _ = await asyncio.wait_for(process.communicate(), _LONG)
     assert out == b"headwater: the team local has 1 credits left\n"
-    async with asyncio.timeout(_LONG):
-        while await ask(proxy, "") != 402:
-            pass
+    await until(lambda: ask(proxy, ""), lambda status: status == 402)
     async with proxy.get("/api/credits/teams/local/balance") as response:
         assert amounts(await response.json()) == [1, 1, 0, 0]
 

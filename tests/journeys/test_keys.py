@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.fakes.upstream import (
     usage,
 )
 from tests.server.test_auth import KEYS, admin, made_key
+from tests.waiting import until
 
 HELLO = stream(role(), text("Hello"), finish(), usage())
 UP_KEY = '\napi_key_env = "UP_KEY"'
@@ -112,10 +114,8 @@ async def test_another_process_revokes_a_key_while_the_proxy_runs(
             env={"PYTHONPATH": str(_ROOT), "HEADWATER_STORE__PATH": str(tmp_path / "headwater.db")},
             stdout=asyncio.subprocess.DEVNULL,
         )
-        async with asyncio.timeout(_LONG):
-            assert await process.wait() == 0
-            while await says(client) != "AuthenticationError invalid_api_key":
-                pass
+        assert await asyncio.wait_for(process.wait(), _LONG) == 0
+        await until(lambda: says(client), lambda said: said == "AuthenticationError invalid_api_key")
         assert await says(neighbour) == "Hello"
 
 
@@ -198,9 +198,7 @@ async def test_nothing_tells_a_team_how_much_others_ask(upstream: FakeUpstream, 
     for other in range(3):
         async with proxy.chat(headers=beta, seed=other) as response:
             await response.read()
-        async with asyncio.timeout(_LONG):
-            while await fate(proxy, alpha, seed=other) != "hit; exact":
-                pass
+        await until(partial(fate, proxy, alpha, seed=other), lambda found: found == "hit; exact")
         async with proxy.chat(headers=alpha, seed=other) as response:
             assert response.headers["x-cache"] == "hit; exact"
             assert "x-cache-entry" not in response.headers
@@ -228,9 +226,7 @@ async def test_a_team_shares_its_answers_and_nobody_elses(upstream: FakeUpstream
 
 async def has_kept_for_admin(proxy: Proxy, entries: int) -> None:
     """Wait until there are that many entries in the cache."""
-    async with asyncio.timeout(_LONG):
-        while (await admin(proxy, "GET", "/cache"))[1]["entries"] != entries:
-            pass
+    await until(lambda: admin(proxy, "GET", "/cache"), lambda found: found[1]["entries"] == entries)
 
 
 async def test_calls_of_two_teams_never_wait_at_one_answer(upstream: FakeUpstream, proxy: Proxy) -> None:

@@ -33,6 +33,7 @@ from tests.fakes.upstream import (
     text,
     usage,
 )
+from tests.waiting import until
 
 _LONG = 20
 
@@ -273,6 +274,12 @@ async def test_a_refusal_that_comes_when_the_client_has_gone_leads_to_nothing(
     assert upstream.requests[1].json()["stream"] is True, "nothing was learned from an answer that nobody read"
 
 
+async def in_flight(proxy: Proxy) -> int:
+    async with proxy.get("/ready") as response:
+        count: int = (await response.json())["in_flight"]
+        return count
+
+
 async def test_leaving_while_another_call_finds_out_whether_the_target_streams(
     upstream: FakeUpstream, proxy: Proxy
 ) -> None:
@@ -288,9 +295,7 @@ async def test_leaving_while_another_call_finds_out_whether_the_target_streams(
         await upstream.asked(1)
     async with connected(proxy) as client:
         client.ask(stream=True, seed=1)
-        async with asyncio.timeout(_LONG):
-            while (await (await proxy.get("/ready")).json())["in_flight"] < 2:
-                pass
+        await until(lambda: in_flight(proxy), lambda count: count == 2)
         client.closes()
         row = await proxy.ledger.next()
     may_answer.set()

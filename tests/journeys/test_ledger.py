@@ -26,6 +26,7 @@ from tests.fakes.upstream import (
 from tests.journeys.test_coalescing import Paused, hello
 from tests.journeys.test_keys import HELLO, bearer
 from tests.server.test_auth import KEYS, admin, made_key
+from tests.waiting import until
 
 PRICE = """
 [[price]]
@@ -52,9 +53,7 @@ async def with_team(proxy: Proxy) -> Proxy:
 
 async def calls(proxy: Proxy, count: int) -> list[dict[str, Any]]:
     """The rows of so many calls, which are all there are, the first one first: when they are there."""
-    async with asyncio.timeout(20):
-        while (page := (await admin(proxy, "GET", "/calls?limit=1000"))[1])["total"] < count:
-            pass
+    _, page = await until(lambda: admin(proxy, "GET", "/calls?limit=1000"), lambda found: found[1]["total"] >= count)
     assert page["total"] == count, page
     return list(reversed(page["data"]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from tests.fakes.caching import has_kept
 from tests.fakes.upstream import FakeUpstream, answer, finish, refuse, role, stream, text, usage
 from tests.journeys.test_sloppy_streams import read_strictly
 from tests.server.test_auth import KEYS, admin, made_key
+from tests.waiting import until
 
 HELLO = stream(role(), text("Hello"), finish(), usage())
 BOTH = ["up/model-a", "up2/model-b"]
@@ -146,9 +146,7 @@ async def test_another_process_takes_over_what_is_made_and_changed_here(upstream
     here, there = [await start(more='[[model]]\nname = "x"\ntargets = ["up/x"]') for _ in range(2)]
 
     async def there_is(expected: str) -> None:
-        async with asyncio.timeout(_LONG):
-            while await fate(there, "fast") != expected:
-                pass
+        await until(lambda: fate(there, "fast"), lambda found: found == expected)
 
     await there_is("up/fast")
     await make(here, "fast", "up/model-a")

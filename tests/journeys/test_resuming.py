@@ -50,6 +50,7 @@ from tests.journeys.test_coalescing import (
 from tests.journeys.test_shutdown import _stopping as stopping_proxy
 from tests.journeys.test_sloppy_streams import read_strictly
 from tests.journeys.test_slow_clients import Flood, is_same, slow_client
+from tests.waiting import until
 
 _LONG = 30
 ID = "chatcmpl-up"
@@ -93,9 +94,7 @@ async def refusal(proxy: Proxy, name: str = ID, after: int | str | None = None, 
 
 async def is_forgotten(proxy: Proxy, name: str = ID) -> None:
     """Wait until the answer cannot be read any more."""
-    async with asyncio.timeout(_LONG):
-        while (await read_on(proxy, name)).status != 404:
-            pass
+    await until(lambda: read_on(proxy, name), lambda answer: answer.status == 404)
 
 
 def unnumbered(body: bytes, after: int = 0) -> bytes:

@@ -33,6 +33,7 @@ from tests.fakes.upstream import (
 )
 from tests.journeys.test_slow_clients import is_same, slow_client
 from tests.test_command import command
+from tests.waiting import until
 
 _LONG = 30
 
@@ -48,9 +49,7 @@ class Stopping:
     async def begins_to_stop(self) -> None:
         """Tell it, and wait until it takes no more calls."""
         self._stop.set()
-        async with asyncio.timeout(_LONG):
-            while (await _status(self.proxy, "/ready"))[0] != 503:
-                pass
+        await until(lambda: _status(self.proxy, "/ready"), lambda found: found[0] == 503)
 
     def stop(self) -> None:
         self._stop.set()

@@ -19,6 +19,7 @@ from tests.conftest import ADMIN_KEY, Proxy, Start, make_settings, running_proxy
 from tests.fakes.upstream import DONE, FakeUpstream, Received, Wire, answer, finish, refuse, role, stream, text, usage
 from tests.server.test_auth import KEYS, admin, made_key
 from tests.store.ledgers import NOW, check_books, done, look, new, record
+from tests.waiting import until
 
 _ROOT = Path(__file__).parents[2]
 _LONG = 30
@@ -41,9 +42,7 @@ async def told(proxy: Proxy, path: str) -> Any:
 
 async def listed(proxy: Proxy, count: int) -> list[dict[str, Any]]:
     """The calls, once there are so many: one whose price has to be looked up is closed a little later than its answer."""
-    async with asyncio.timeout(_LONG):
-        while (found := await told(proxy, "/calls"))["total"] != count:
-            pass
+    found = await until(lambda: told(proxy, "/calls"), lambda found: found["total"] == count)
     rows: list[dict[str, Any]] = found["data"]
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tests.fakes.client import Answer, Client, question, request
 from tests.fakes.upstream import FakeUpstream, Received, Wire, answer, finish, role, stream, text, usage
 from tests.server.contract import Asked
 from tests.server.test_auth import KEYS, admin, made_key
+from tests.waiting import until
 
 MODES: list[dict[str, Any]] = [{"mode": "open"}, KEYS]
 
@@ -117,7 +117,6 @@ async def staged(directory: Path, auth: dict[str, Any]) -> AsyncIterator[Stage]:
                 "/admin/teams/": {"id": "beta"},
                 "/admin/keys/": {"id": spare["id"]},
             }
-            async with asyncio.timeout(_LONG):
-                while (await stage.ask("GET", "/admin/cache/entries/1", {"api-key": ADMIN_KEY})).status != 200:
-                    pass
+            entry, headers = "/admin/cache/entries/1", {"api-key": ADMIN_KEY}
+            await until(lambda: stage.ask("GET", entry, headers), lambda reply: reply.status == 200)
             yield stage

@@ -47,6 +47,7 @@ from tests.fakes.upstream import (
 )
 from tests.server.test_admin import metrics
 from tests.upstream.conftest import Authority
+from tests.waiting import until
 
 _LONG = 30
 
@@ -88,9 +89,7 @@ async def refused(response: Any, status: int, code: str) -> str | None:
 
 
 async def test_an_empty_cache_has_figures(proxy: Proxy) -> None:
-    async with asyncio.timeout(_LONG):
-        while not (found := await cache(proxy))["semantic"]["is_ready"]:
-            pass
+    found = await until(lambda: cache(proxy), lambda found: found["semantic"]["is_ready"])
     assert found == {
         "entries": 0,
         "bytes": 0,

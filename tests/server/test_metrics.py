@@ -31,6 +31,7 @@ from tests.fakes.upstream import (
 from tests.journeys.test_keys import UP_KEY, bearer
 from tests.server.test_admin import metrics
 from tests.server.test_auth import ADMIN, KEYS, admin, made_key
+from tests.waiting import until
 
 PRICE = """
 [[price]]
@@ -63,10 +64,7 @@ async def second() -> AsyncIterator[FakeUpstream]:
 
 async def when(proxy: Proxy, *sample: str, is_now: float) -> Samples:
     """The metrics when one has come to a value. A first price is looked up when the client has its answer already."""
-    async with asyncio.timeout(20):
-        while (said := await metrics(proxy)).get(sample) != is_now:
-            pass
-    return said
+    return await until(lambda: metrics(proxy), lambda said: said.get(sample) == is_now)
 
 
 def buckets(said: Samples, name: str, *labels: str) -> list[float]:
