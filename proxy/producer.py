@@ -59,8 +59,8 @@ class _Job:
     watch: Watch
     attempts: Attempts
     recovery: Recovery | None = None
-    said_by: tuple[Target | None, str | None] = (None, None)
-    """Who said what broke, and as which model."""
+    said_by: tuple[Target | None, str | None, Usage | None] = (None, None, None)
+    """Who said what broke, as which model, and what that took."""
     manners: dict[Target, tuple[Ask, list[tuple[Topic, str]]]] = field(default_factory=dict)
     """How to ask the targets that refused how they were asked, and what of it they refused."""
     convert: Callable[[bytes], bytes] | None = None
@@ -131,15 +131,15 @@ class Producer:
                     return
                 except Diverged as reason:
                     assert job.recovery is not None
-                    answer.usage = None
                     _log.info("%s: what broke was not saved: %s", answer.call.id, reason)
                     raise job.recovery.error from None
                 except UpstreamError as error:
                     await self._go_on(job, error)
         finally:
             if job.recovery is not None and not job.recovery.is_caught_up:
-                # Clients have nothing of who was to save it, nor is that one's price theirs.
-                (answer.target, answer.model), answer.finish_reason = job.said_by, None
+                # Clients have nothing of who was to save it, nor is what that one took, at its price, theirs.
+                answer.target, answer.model, answer.usage = job.said_by
+                answer.finish_reason = None
 
     async def _go_on(self, job: _Job, error: UpstreamError) -> None:
         """Wait for the next attempt. Raises the error that clients are to be told when there is none."""
@@ -149,14 +149,11 @@ class Producer:
         if is_midway := bool(answer.log.segments):
             answer.has_broken = True
             if job.recovery is None or job.recovery.is_caught_up:
-                job.said_by = answer.target, answer.model
+                job.said_by = answer.target, answer.model, answer.usage
             if job.recovery is None:
                 deadline = self._now() + self._streaming.recovery_timeout_s
                 setting = answer.call.route.recovery
                 job.recovery = Recovery(error, setting=setting, deadline=deadline, now=self._now)
-            else:
-                # It is the usage of what was not passed on.
-                answer.usage = None
             if answer.call.route.recovery == "off":
                 raise error
             if not job.recovery.take(await off_loop(answer.log.size, said, answer.log.segments)):
