@@ -97,6 +97,11 @@ class Identity(NamedTuple):
     holders: tuple[Holder, ...] = ()
     barred: frozenset[str] = frozenset()
 
+    @property
+    def has_key(self) -> bool:
+        """Whether a virtual key says so: then the account at an upstream, which is all teams' alike, is kept from it."""
+        return self.key != ""
+
 
 LOCAL = Identity("local", "local")
 """Everybody, with auth.mode = "open". The organisation and the team are there from the start."""
@@ -179,6 +184,10 @@ class Wishes:
     coalesces: bool = True
     delivers_whole: bool | None = None
     cache: CacheWish = NO_CACHE_WISH
+
+
+MOST_TOKENS = 10**7
+"""More than any model takes or gives. What a client or an upstream tells beyond that would take all credit of a team."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,11 @@ from proxy.policy.credits import MICRO
 from proxy.server import reports
 from proxy.settings import Settings, StoreSettings
 from proxy.store import db, usage
-from proxy.store.backup import backup
+from proxy.store.backup import LOGS, backup
 from proxy.store.migrations import MAIN
 from proxy.store.usage import Group, Sums, UsageRow
 
 _UNKNOWN = "-"
-_LOGS = ("-wal", "-journal")  # https://www.sqlite.org/tempfiles.html
 _FEWEST_DECIMALS, _MOST_DECIMALS = 2, 6
 # A line of a terminal has no room for all that CSV has.
 _HEADS = (
@@ -160,7 +159,7 @@ def _check_place(settings: Settings, target: Path, force: bool) -> None:
     if target.exists() and not force:
         raise ConfigError([f"FILE: {target} is there already: --force replaces it"])
     # SQLite would take it for what is to be written to the copy (https://www.sqlite.org/howtocorrupt.html, section 1.4).
-    for suffix in _LOGS:
+    for suffix in LOGS:
         if (log := target.with_name(f"{target.name}{suffix}")).exists():
             raise ConfigError([f"FILE: {target} is a database in use, or was when its program died: {log} is there"])
 
@@ -170,5 +169,5 @@ def _is_ours(target: Path, store: StoreSettings) -> bool:
     databases = (store.path, store.cache_path)
     if any(ours.exists() and target.exists() and target.samefile(ours) for ours in (*databases, store.key_secret_path)):
         return True
-    names = {f"{database.name}{suffix}" for database in databases for suffix in ("", "-shm", *_LOGS)}
+    names = {f"{database.name}{suffix}" for database in databases for suffix in ("", "-shm", *LOGS)}
     return target.parent.samefile(store.path.parent) and target.name in names | {store.key_secret_path.name}

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from proxy.chat import Holder, Limits
+from proxy.chat import MOST_TOKENS, Holder, Limits
 from proxy.errors import ClientError
 
 WINDOW_S = 60.0
@@ -33,7 +33,6 @@ _SLACK = 1e-6
 _SWEPT = 2
 
 _SLOT_RETRY_S = 1
-_MAX_COMPLETION_TOKENS = 10**7
 
 # A clock that was centuries ahead for a moment is not to leave a time too large to add a second to.
 _MAX_STEP_S = 86_400.0
@@ -276,7 +275,7 @@ class Limiter:
 
 
 def most_completion_tokens(body: Mapping[str, Any]) -> int | None:
-    """The most tokens an answer to a chat request may have, for all its choices, up to 10**7; None where that is not said.
+    """The most tokens an answer to a chat request may have, for all its choices, up to MOST_TOKENS; None where that is not said.
 
     `max_completion_tokens` goes before the older `max_tokens` (https://platform.openai.com/docs/api-reference/chat/create). One
     that is no number above 0 is for the upstream to refuse.
@@ -288,7 +287,7 @@ def most_completion_tokens(body: Mapping[str, Any]) -> int | None:
     if most is None:
         return None
     choices = body.get("n")
-    return int(min(most * max(1, choices if type(choices) is int else 1), _MAX_COMPLETION_TOKENS))
+    return int(min(most * max(1, choices if type(choices) is int else 1), MOST_TOKENS))
 
 
 def duration(seconds: float) -> str:

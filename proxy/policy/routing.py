@@ -20,7 +20,8 @@ from proxy.settings import CacheSettings, ModelSettings, Settings, StreamingSett
 
 _MAX_REMEMBERED = 4096
 
-_MAX_NAME = 256  # characters, as for an alias: names are remembered, and told in headers, logs and metrics
+MAX_NAME = 256
+"""Characters, as for an alias: names are remembered, and told in headers, logs and metrics."""
 
 
 class Routes:
@@ -116,8 +117,8 @@ class Routes:
             return self._aliases[model]
         if model in self._closed:
             raise _nothing(model)
-        if len(model) > _MAX_NAME:
-            raise _nothing(f"{model[:_MAX_NAME]}…")
+        if len(model) > MAX_NAME:
+            raise _nothing(f"{model[:MAX_NAME]}…")
         streaming = self._streaming
         target = self._target(model)
         return Route(

@@ -19,6 +19,7 @@ from proxy.errors import ClientError, ProxyError
 from proxy.inflight import InFlight
 from proxy.policy.credits import BudgetMode, CreditTerms, call_cost, job_cost
 from proxy.policy.pricing import Charge
+from proxy.policy.routing import MAX_NAME
 from proxy.pricelookup import PriceLookup
 from proxy.server.counting import Spending
 from proxy.server.limiting import BYTES_PER_TOKEN, FREE, UNSAID_TOKENS, Limiting, Taken
@@ -28,8 +29,6 @@ from proxy.store.calls import End, NewCall, OpenCall
 from proxy.store.jobs import JobState, NewJob
 from proxy.store.ledger import Ledger
 from proxy.tasks import Tasks
-
-_MAX_WORD = 256
 
 # How long a look at a job waits for a call whose answer has come to its end: its tokens may have to be counted.
 _SETTLE_S = 20.0
@@ -112,7 +111,7 @@ class Accounting:
         purpose: str = "",
     ) -> Entry:
         """The entry of a call that begins now. `user` is what the request says of its user, a text or anything."""
-        entry = Entry(self, identity, call_id, model[:_MAX_WORD], _word(user), job, purpose[:_MAX_WORD])
+        entry = Entry(self, identity, call_id, model[:MAX_NAME], _word(user), job, purpose[:MAX_NAME])
         if job is not None:
             self._of_jobs.setdefault(job, {})[entry] = asyncio.get_running_loop().create_future()
         return entry
@@ -443,4 +442,4 @@ def _job_state_of(outcome: Outcome) -> JobState:
 
 
 def _word(value: object) -> str:
-    return value[:_MAX_WORD] if isinstance(value, str) else ""
+    return value[:MAX_NAME] if isinstance(value, str) else ""

@@ -79,7 +79,7 @@ class Door:
         try:
             admit(state, visit, message.path, headers)
             identify(state, visit, headers)
-            down.is_for_team = visit.identity.key != ""
+            down.is_for_team = visit.identity.has_key
             self._check(int(headers.get("Content-Length", 0)))
             # A client of HTTP/1.0 cannot expect anything (RFC 9110 §10.1.1).
             if "Expect" in headers and message.version >= HttpVersion11:

@@ -34,7 +34,7 @@ JOB, PURPOSE = "x-headwater-job", "x-headwater-purpose"
 
 # What an account at an upstream holds (https://platform.openai.com/docs/api-reference): all teams' alike, and what is done with
 # it may name models of its own. Sessions too: their secrets open the account past this proxy.
-_OF_THE_ACCOUNT = frozenset(
+_HELD_BY_THE_ACCOUNT = frozenset(
     (
         "assistants",
         "batches",
@@ -109,7 +109,7 @@ def prepared(
     entry.admit(visit.headers, len(chat.raw), most_completion_tokens(chat.body))
 
     def start() -> Seat:
-        going_up = upstream_headers(headers, for_team=visit.identity.key != "")
+        going_up = upstream_headers(headers, for_team=visit.identity.has_key)
         seat = state.pipeline.start(visit.id, chat, going_up, caller, wishes, ticket=entry)
         visit.is_call = True
         entry.log = seat.log
@@ -166,7 +166,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     if request.method == "POST" and words == _CHAT_WORDS:
         # An upstream may take it for a chat request, and nobody would mend or count the answer.
         raise ClientError(404, "not_found", f"Chat requests are served at {CHAT_PATH}, by no other spelling of it.")
-    if visit.identity.key and (request.method != "POST" or _OF_THE_ACCOUNT.intersection(words[1:2])):
+    if visit.identity.has_key and (request.method != "POST" or _HELD_BY_THE_ACCOUNT.intersection(words[1:2])):
         raise _nameless()
     body = await request.read() if request.can_read_body else None
     entry, target, body = _target_of(state, visit, request.content_type, request.headers, body)
@@ -175,7 +175,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         path = f"{path}?{query}"
     if ".." in unquote(request.rel_url.raw_path).replace("\\", "/").split("/"):
         raise ClientError(404, "not_found", "This path is not served here.")
-    headers = dict(upstream_headers(request.headers, for_team=visit.identity.key != ""))
+    headers = dict(upstream_headers(request.headers, for_team=visit.identity.has_key))
     headers |= {name: value for name in ("Accept", "Content-Type") if (value := request.headers.get(name)) is not None}
     headers["x-request-id"] = visit.id
     response: web.StreamResponse | None = None
@@ -185,7 +185,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         visit.is_call = True
         async with state.passing.pass_on(visit.id, target, request.method, path, body, headers, entry) as reply:
             told = downstream_headers(reply.headers)
-            down = CIMultiDict(for_team(told) if visit.identity.key else told)
+            down = CIMultiDict(for_team(told) if visit.identity.has_key else told)
             down["x-headwater-target"] = header_value(str(target))
             if reply.headers.get("Content-Type", "").startswith("text/event-stream"):
                 down.update(STREAM_HEADERS)
@@ -228,14 +228,14 @@ def _target_of(
         name = body[start:end].decode("utf-8", "replace")
         entry = begin(state, visit, headers, name)
         # Which of several an upstream reads is its own affair, and only one is looked at.
-        if identity.key and len(_MODEL_NAMES.findall(body)) > 1:
+        if identity.has_key and len(_MODEL_NAMES.findall(body)) > 1:
             raise ClientError(400, "several_models", "Only one field may name a model.", param="model")
         check_model(identity, name)
         target = routes.resolve(name).targets[0]
         if target.model != name:
             body = body[:start] + target.model.encode() + body[end:]
         return entry, target, body
-    if identity.key:
+    if identity.has_key:
         raise _nameless()
     return begin(state, visit, headers, ""), Target(routes.default_upstream(), "-"), body
 

@@ -13,6 +13,9 @@ from proxy.store.calls import NewCall
 from proxy.store.inserting import insert
 from proxy.store.processes import known
 
+LOGS = ("-wal", "-journal")
+"""What SQLite adds to the name of a database for the file of what is not in it yet: https://www.sqlite.org/tempfiles.html."""
+
 Noted = dict[tuple[int, int], NewCall]
 """Calls under way that have no row, by their processes and numbers."""
 

@@ -46,7 +46,7 @@ _SET_BY_US = frozenset(
 
 # For which of those that our credential has a part in a request is to be: whose account it uses, and who pays
 # (https://platform.openai.com/docs/api-reference/authentication, https://cloud.google.com/apis/docs/system-parameters).
-_OF_THE_ACCOUNT = frozenset(("openai-organization", "openai-project", "x-goog-user-project"))
+_CHOOSE_THE_ACCOUNT = frozenset(("openai-organization", "openai-project", "x-goog-user-project"))
 
 _NEVER_UP = HOP_BY_HOP | _CREDENTIALS | _SET_BY_US | {"origin", "referer", "forwarded", "via", "x-real-ip"}
 
@@ -88,7 +88,7 @@ def upstream_headers(headers: Mapping[str, str], *, for_team: bool = False) -> t
         nominated = _nominated([value for name, value in headers.items() if name.lower() == "connection"])
         kept = tuple([pair for pair in kept if pair[0].lower() not in nominated])
     if for_team:
-        kept = tuple([pair for pair in kept if _plain(pair[0]) not in _OF_THE_ACCOUNT])
+        kept = tuple([pair for pair in kept if _plain(pair[0]) not in _CHOOSE_THE_ACCOUNT])
     return kept
 
 

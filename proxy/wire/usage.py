@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeGuard
 
-from proxy.chat import Usage
+from proxy.chat import MOST_TOKENS, Usage
 from proxy.wire.encoding import loads
 
 END_BYTES = 4096
 """Within so many of the last bytes of an answer its usage is said, whichever the route: behind the rest, and short."""
 
 _BYTES_PER_TOKEN = 4
-
-# More than any model takes or gives. What an upstream tells beyond that is a mistake, and would take all credit of a team.
-_MOST_TOKENS = 10**7
 
 _usage_member = re.compile(r'"usage"\s*:\s*(?=\{)')
 _decoder = json.JSONDecoder()
@@ -38,7 +35,7 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     completion = usage.get("completion_tokens", usage.get("output_tokens"))
     counts = [count for count in (prompt, completion) if _is_whole(count)]
-    if not counts or min(counts) < 0 or max(counts) > _MOST_TOKENS:
+    if not counts or min(counts) < 0 or max(counts) > MOST_TOKENS:
         return None
     prompt = prompt if _is_whole(prompt) else 0
     completion = completion if _is_whole(completion) else 0
@@ -59,7 +56,7 @@ def _detail(usage: dict[str, Any], places: tuple[str, str], name: str) -> int:
     """A count within a usage object; 0 where nothing is said of it, or what cannot be."""
     for place in places:
         if isinstance(details := usage.get(place), dict) and _is_whole(count := details.get(name)):
-            return count if 0 <= count <= _MOST_TOKENS else 0
+            return count if 0 <= count <= MOST_TOKENS else 0
     return 0
 
 
