@@ -9,6 +9,7 @@ import asyncio
 import io
 import json
 import logging
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from tests.fakes.upstream import FakeUpstream
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("default")
+
+# A shell lets what it starts in its background ignore Ctrl-C, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # What the environment of every proxy holds, for those whose settings name it.

@@ -13,9 +13,10 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, redirect_stdout, suppress
+from contextlib import asynccontextmanager, closing, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ import pytest
 from proxy.__main__ import main
 from proxy.upstream.discovery import PROVIDERS
 from tests.fakes.upstream import DONE, FakeUpstream, Received, Wire, answer, finish, refuse, role, stream, text
+from tests.waiting import until
 
 _LONG = 30
 _ROOT = Path(__file__).parents[1]
@@ -66,6 +68,10 @@ class Command:
     async def exit_code(self) -> int:
         async with asyncio.timeout(_LONG):
             return await self.process.wait()
+
+    def has_open(self, path: Path) -> bool:
+        links = Path(f"/proc/{self.process.pid}/fd").iterdir()
+        return str(path) in [os.path.realpath(link) for link in links]
 
     async def base(self) -> str:
         """Where it listens, when it does."""
@@ -351,6 +357,22 @@ async def test_ctrl_c_ends_a_command_without_a_word(tmp_path: Path, upstream: Fa
     async with command(tmp_path, "probe", "--upstream", upstream.url, "model-a") as running:
         assert await running.exit_code() == 130
         assert await running.stderr() == ""
+
+
+async def test_ctrl_c_ends_a_command_that_opens_the_database(tmp_path: Path) -> None:
+    path = tmp_path / "headwater.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.executescript("PRAGMA journal_mode=WAL; BEGIN IMMEDIATE;")
+        async with command(tmp_path, "keys", "list") as running:
+
+            async def has_opened() -> bool:
+                return running.has_open(path)
+
+            await until(has_opened, bool)
+            running.process.send_signal(signal.SIGINT)
+            other.execute("ROLLBACK")
+            assert await running.exit_code() == 130
+            assert await running.stderr() == ""
 
 
 async def test_the_version_is_printed(tmp_path: Path) -> None:

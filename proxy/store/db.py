@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
@@ -88,6 +89,17 @@ async def connect(path: Path, steps: Sequence[str]) -> Connection:
 
     It is made if it is missing, for its owner alone. UnusableError when that cannot be.
     """
+    opening = asyncio.ensure_future(_connect(path, steps))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        # Its thread would speak to the loop after its end, and keep the process alive.
+        with suppress(UnusableError):
+            await (await opening).close()
+        raise
+
+
+async def _connect(path: Path, steps: Sequence[str]) -> Connection:
     try:
         # Opened here, for when opening fails aiosqlite leaves a thread behind that speaks to the loop after its end.
         opened = await asyncio.to_thread(_opened, path)
