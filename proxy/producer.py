@@ -301,10 +301,10 @@ class Producer:
             log.source = None
             if pump.first_event_at is not None:
                 self.gaps.total += pump.said_at - pump.first_event_at
-            answer.usage = normalizer.usage
-            if not (normalizer.has_finish or normalizer.is_done) and (job.recovery is not None or normalizer.says_more):
-                # Cut short, it says less than the usage of all, or more: that is counted.
-                answer.usage = None
+            is_cut = not (normalizer.has_finish or normalizer.is_done)
+            # What is not that of all that was said, but of less, or of what a client had before: that is counted.
+            is_of_all = not (normalizer.says_more or (is_cut and job.recovery is not None))
+            answer.usage = normalizer.usage if is_of_all else None
             answer.model, answer.finish_reason = normalizer.model, normalizer.finish_reason
         watch.rest()
         if normalizer.error is not None:

@@ -84,6 +84,7 @@ class Normalizer:
         "_learned",
         "_model",
         "_parsed",
+        "_silent",
         "_splitter",
         "_usage_at",
         "_usage_chunk",
@@ -122,6 +123,7 @@ class Normalizer:
         """The data of an error event: nothing after it is read."""
         self.malformed = 0
         self._parsed = 0
+        self._silent = 0
         self.is_ending = False
         """Whether one of `error`, `is_done` and `is_finished` is so."""
         self.is_done = False
@@ -147,8 +149,8 @@ class Normalizer:
 
     @property
     def says_more(self) -> bool:
-        """Whether anything came behind the last usage."""
-        return self.events > self._usage_at
+        """Whether anything of the answer came behind the last usage, which then is not that of the whole."""
+        return self.events - self._silent > self._usage_at
 
     @property
     def has_finish(self) -> bool:
@@ -195,8 +197,8 @@ class Normalizer:
         return b"\n\n".join(out) if len(out) > 1 else b""
 
     def usage_event(self, estimate: Usage | None) -> bytes:
-        """The closing usage event: the upstream's own or, where it said nothing, one made of `estimate`."""
-        chunk = self._usage_chunk
+        """The closing usage event: the upstream's own or, where it said none of the whole, one made of `estimate`."""
+        chunk = None if self.says_more else self._usage_chunk
         if chunk is None:
             if estimate is None:
                 return b""
@@ -232,6 +234,7 @@ class Normalizer:
             self._forget_lanes(0)
             return False
         has_changed = self._mend_choices(chunk) or not is_sound
+        self._silent += not _says_anything(chunk)
         if chunk.get("usage") is not None or "x_groq" in chunk:
             is_left, has_lost = self._take_usage(chunk)
             if not is_left:
@@ -295,38 +298,41 @@ class Normalizer:
             has_changed = True
             if chunk.keys() <= _ENVELOPE and not chunk["choices"]:
                 return False, True
-        is_most = self._note_usage(chunk)
+        most = self._note_usage(chunk)
         if usage is None:
             return True, has_changed
-        if not chunk["choices"]:
-            if is_most:
-                self._usage_chunk = chunk
+        has_choices = bool(chunk["choices"])
+        if most is not None:
+            told = usage if read_usage({"usage": usage}) == most else usage | most.as_json()
+            self._usage_chunk = {**(_envelope(chunk) if has_choices else chunk), "choices": [], "usage": told}
+        if not has_choices:
             return False, True
         if not self._expected.wants_running_usage:
             # A null beside the choices is how OpenAI says "later", and stays.
             del chunk["usage"]
-            if is_most:
-                self._usage_chunk = {**_envelope(chunk), "choices": [], "usage": usage}
             has_changed = True
         return True, has_changed
 
-    def _note_usage(self, chunk: dict[str, Any]) -> bool:
-        """Remember the chunk's usage if it is the most that was said so far; whether it is."""
+    def _note_usage(self, chunk: dict[str, Any]) -> Usage | None:
+        """Remember the most that was said of the usage until now, and give that; None where this chunk adds nothing to it.
+
+        Some say the prompt's tokens at the beginning and the answer's at the end.
+        """
         usage, known = read_usage(chunk), self.usage
         if usage is None:
-            return False
-        self._usage_at = self.events
-        if known is None:
-            self.usage = usage
-            return True
-        self.usage = Usage(
-            max(usage.prompt, known.prompt),
-            max(usage.completion, known.completion),
-            usage.estimated,
-            cached=max(usage.cached, known.cached),
-            reasoning=max(usage.reasoning, known.reasoning),
-        )
-        return usage == self.usage
+            return None
+        self._usage_at = self.events - self._silent
+        most = usage
+        if known is not None:
+            most = Usage(
+                max(usage.prompt, known.prompt),
+                max(usage.completion, known.completion),
+                usage.estimated,
+                cached=max(usage.cached, known.cached),
+                reasoning=max(usage.reasoning, known.reasoning),
+            )
+        self.usage = most
+        return most if most == usage or most != known else None
 
     def _mend_choices(self, chunk: dict[str, Any]) -> bool:
         choices = chunk.get("choices")
@@ -484,6 +490,11 @@ def _parse_object(data: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _says_anything(chunk: dict[str, Any]) -> bool:
+    """Whether it is a part of the answer itself, and more than its beginning or its end."""
+    return any(value and name != "role" for choice in chunk["choices"] for name, value in choice["delta"].items())
 
 
 def _envelope(chunk: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.fakes.upstream import (
     role,
     stream,
     text,
+    usage,
 )
 from tests.journeys.test_ledger import DOLLARS, PRICE, TOKENS, calls, credits_of, give, key_of, with_team
 from tests.journeys.test_recovery import BOTH, broken
@@ -92,6 +94,45 @@ async def test_who_leaves_pays_for_all_that_was_said(
     client.reset()
     row = await charged(proxy)
     assert (row["prompt_tokens"], row["completion_tokens"], row["estimated"], row["status"]) == (*tokens, "cancelled")
+
+
+GREETING = {
+    "prompt_tokens": 7,
+    "completion_tokens": 1,
+    "total_tokens": 8,
+    "prompt_tokens_details": {"cached_tokens": 5},
+}
+LAST = {"prompt_tokens": 0, "completion_tokens": 20, "total_tokens": 20}
+
+
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [
+        ([chunk({"role": "assistant"}, usage=EARLY), text(SAID), finish()], (*SAID_TOKENS, True)),
+        ([role(), chunk({"content": "Hello"}, usage=NOW), text(SAID[5:]), finish()], (*SAID_TOKENS, True)),
+        ([role(), chunk({"content": SAID}, usage=NOW), finish()], (7, 20, False)),
+        (
+            [chunk({"content": "Hello"}, usage=GREETING), text(SAID[5:]), chunk(finish_reason="stop", usage=LAST)],
+            (7, 20, False),
+        ),
+        ([chunk({"content": "Hello"}, usage=GREETING), text(SAID[5:]), finish(), usage(0, 20)], (7, 20, False)),
+    ],
+    ids=["first", "so far", "with the last text", "in two parts", "in two parts, alone"],
+)
+@pytest.mark.parametrize("wants_stream", [True, False])
+async def test_the_client_is_told_the_usage_that_it_pays(
+    upstream: FakeUpstream, proxy: Proxy, said: list[bytes], tokens: tuple[int, int, bool], wants_stream: bool
+) -> None:
+    """What is told while the answer goes on is not that of the whole."""
+    upstream.plays(stream(*said))
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if wants_stream else {}
+    async with proxy.chat(headers=await key_of(proxy), **options) as response:
+        body = await response.text()
+    told = json.loads(body.split("data: ")[-2] if wants_stream else body)["usage"]
+    row = await charged(proxy)
+    assert (row["prompt_tokens"], row["completion_tokens"], row["estimated"]) == tokens
+    assert (told["prompt_tokens"], told["completion_tokens"], told.get("estimated", False)) == tokens
+    assert told["total_tokens"] == sum(tokens[:2])
 
 
 async def test_a_message_in_the_form_of_anthropic_is_paid_for_with_its_prompt(
