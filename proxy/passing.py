@@ -12,7 +12,7 @@ from proxy.inflight import InFlight
 from proxy.settings import Settings
 from proxy.upstream.session import Reply, UpstreamSession
 from proxy.upstream.watch import Watch
-from proxy.wire.usage import END_BYTES, usage_at_ends
+from proxy.wire.usage import BEGINNING_BYTES, END_BYTES, usage_at_ends
 
 
 class Passed:
@@ -23,19 +23,22 @@ class Passed:
         self.headers = reply.headers
         self.awaiting_client = reply.awaiting_client
         self._reply = reply
-        self._head = self._tail = b""
+        self._head, self._tail = b"", bytearray()
 
     async def read(self) -> bytes:
         """The next bytes of its body; b"" at the end."""
         data = await self._reply.read()
-        if len(self._head) < END_BYTES:
-            self._head += data[: END_BYTES - len(self._head)]
-        self._tail = data[-END_BYTES:] if len(data) >= END_BYTES else (self._tail + data)[-END_BYTES:]
+        if len(self._head) < BEGINNING_BYTES:
+            self._head += data[: BEGINNING_BYTES - len(self._head)]
+        self._tail += data
+        if len(self._tail) > 2 * END_BYTES:
+            del self._tail[:-END_BYTES]
         return data
 
-    @property
-    def usage(self) -> Usage | None:
-        return usage_at_ends(self._head, self._tail)
+    def usage(self, *, is_whole: bool) -> Usage | None:
+        """What it took, as far as that is told. Of one that was cut short only what it said last can be that of all."""
+        end = self._tail[-(END_BYTES if is_whole else BEGINNING_BYTES) :]
+        return usage_at_ends(self._head, bytes(end))
 
 
 class Passing:
@@ -135,7 +138,9 @@ class Passing:
                     ttft_s=ttft_s,
                     duration_s=self._session.wheel.now() - started,
                     # Who reads what was made before, or deletes it, is told again what that took.
-                    usage=passed.usage if passed is not None and method == "POST" else None,
+                    usage=passed.usage(is_whole=status is Status.OK)
+                    if passed is not None and method == "POST"
+                    else None,
                     error=error.word if error is not None else None,
                     ticket=ticket,
                 )

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple, TypeGuard
 
 from proxy.chat import MOST_TOKENS, Usage
 from proxy.wire.encoding import loads
 
-END_BYTES = 4096
-"""Within so many of the last bytes of an answer its usage is said, whichever the route: behind the rest, and short."""
+BEGINNING_BYTES = 4096
+"""Within so many of its first bytes an answer tells of its prompt, where it does."""
+
+END_BYTES = 128 * 1024
+"""Within so many of its last bytes an answer says its usage, whichever the route.
+
+Behind it there may be what the client has put there: sixteen pairs of up to 64 and 512 characters, each of which may be twelve
+bytes (`metadata`, https://platform.openai.com/docs/api-reference/responses/object).
+"""
+
+_MAX_LOOKED_AT = 8
 
 _BYTES_PER_TOKEN = 4
+
+_READ, _WRITTEN = "cache_read_input_tokens", "cache_creation_input_tokens"
 
 _usage_member = re.compile(r'"usage"\s*:\s*(?=\{)')
 _decoder = json.JSONDecoder()
@@ -38,6 +51,12 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
     if not counts or min(counts) < 0 or max(counts) > MOST_TOKENS:
         return None
     prompt = prompt if _is_whole(prompt) else 0
+    cached = _detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens")
+    if "prompt_tokens" not in usage and _count(usage, _READ) + _count(usage, _WRITTEN):
+        # Anthropic's `input_tokens` are those that have nothing to do with its cache, and the prompt is all three:
+        # https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching
+        cached = _count(usage, _READ)
+        prompt += cached + _count(usage, _WRITTEN)
     completion = completion if _is_whole(completion) else 0
     reasoning = _detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens")
     if reasoning and usage.get("total_tokens") == prompt + completion + reasoning:
@@ -47,7 +66,7 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
         prompt,
         completion,
         usage.get("estimated") is True,
-        cached=_detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
+        cached=cached,
         reasoning=reasoning,
     )
 
@@ -55,9 +74,15 @@ def read_usage(body: dict[str, Any]) -> Usage | None:
 def _detail(usage: dict[str, Any], places: tuple[str, str], name: str) -> int:
     """A count within a usage object; 0 where nothing is said of it, or what cannot be."""
     for place in places:
-        if isinstance(details := usage.get(place), dict) and _is_whole(count := details.get(name)):
-            return count if 0 <= count <= MOST_TOKENS else 0
+        if isinstance(details := usage.get(place), dict) and (count := _count(details, name)):
+            return count
     return 0
+
+
+def _count(counts: dict[str, Any], name: str) -> int:
+    """One of some counts; 0 where it is missing, or cannot be."""
+    count = counts.get(name)
+    return count if _is_whole(count) and 0 <= count <= MOST_TOKENS else 0
 
 
 def _is_whole(count: object) -> TypeGuard[int]:
@@ -71,19 +96,23 @@ def usage_at_ends(head: bytes, tail: bytes) -> Usage | None:
     Where that tells only of what was generated, the first one tells of the prompt: Anthropic's `message_delta` and
     `message_start` (https://docs.anthropic.com/en/docs/build-with-claude/streaming). None where there is none.
     """
-    *_, usage = [None, *_usages_in(tail)]
-    if usage is not None and not usage.prompt and (begun := next(_usages_in(head), None)) is not None:
-        return replace(usage, prompt=begun.prompt, cached=begun.cached)
+    text = tail.decode("utf-8", "replace")
+    places = deque((found.end() for found in _usage_member.finditer(text)), maxlen=_MAX_LOOKED_AT)
+    usage = next(_usages_at(text, reversed(places)), None)
+    if usage is not None and not usage.prompt:
+        text = head.decode("utf-8", "replace")
+        places_in_head = (found.end() for found in islice(_usage_member.finditer(text), _MAX_LOOKED_AT))
+        if (begun := next(_usages_at(text, places_in_head), None)) is not None:
+            return replace(usage, prompt=begun.prompt, cached=begun.cached)
     return usage
 
 
-def _usages_in(part: bytes) -> Iterator[Usage]:
-    """What each usage object says that stands whole in a part of an answer."""
-    text = part.decode("utf-8", "replace")
-    for found in _usage_member.finditer(text):
+def _usages_at(text: str, places: Iterable[int]) -> Iterator[Usage]:
+    """What the usage objects say that begin at some places in a part of an answer, and stand there whole."""
+    for place in places:
         try:
-            value, _ = _decoder.raw_decode(text, found.end())
-        except ValueError:
+            value, _ = _decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
             continue
         if (usage := read_usage({"usage": value})) is not None:
             yield usage

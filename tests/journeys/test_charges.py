@@ -11,6 +11,7 @@ from tests.conftest import Proxy, Start
 from tests.fakes.caching import has_kept
 from tests.fakes.client import Client, chat
 from tests.fakes.upstream import (
+    COMPLETION,
     DONE,
     FakeUpstream,
     Received,
@@ -152,6 +153,29 @@ async def test_a_message_in_the_form_of_anthropic_is_paid_for_with_its_prompt(
         await response.read()
     row = await charged(proxy)
     assert (row["prompt_tokens"], row["completion_tokens"]) == (25, 15)
+
+
+async def test_what_a_client_adds_to_an_answer_does_not_hide_its_usage(upstream: FakeUpstream, proxy: Proxy) -> None:
+    said = [event({"type": "response.output_text.delta", "delta": "word " * 10_000})] * 8
+    told = {"usage": {"input_tokens": 8, "output_tokens": 3}, "metadata": {"note": "long " * 4000}}
+    upstream.plays(stream(*said, event({"type": "response.completed", "response": told}), done=False))
+    body = {"model": "model-a", "input": "Hi", "stream": True, "metadata": told["metadata"]}
+    async with proxy.post("/responses", body, headers=await key_of(proxy)) as response:
+        await response.read()
+    row = await charged(proxy)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (8, 3)
+
+
+async def test_an_absurd_usage_beside_a_body_is_not_told_in_its_stream(upstream: FakeUpstream, proxy: Proxy) -> None:
+    message = {"index": 0, "message": {"role": "assistant", "content": SAID}, "finish_reason": "stop"}
+    absurd = {"prompt_tokens": -7, "completion_tokens": 10**9, "total_tokens": 1}
+    upstream.plays(answer({**COMPLETION, "choices": [message], "usage": absurd}))
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    async with proxy.chat(headers=await key_of(proxy), **options) as response:
+        told = json.loads((await response.text()).split("data: ")[-2])["usage"]
+    row = await charged(proxy)
+    assert (row["prompt_tokens"], row["completion_tokens"], row["estimated"]) == (*SAID_TOKENS, True)
+    assert (told["prompt_tokens"], told["completion_tokens"], told["estimated"]) == (*SAID_TOKENS, True)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses/resp-1", "/v1/chat/completions"])

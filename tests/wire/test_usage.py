@@ -39,6 +39,15 @@ def tail(value: Any) -> bytes:
         (tail({"usage": {**DETAILS, "total_tokens": 36 + 87}}), DETAILED),
         (tail({"usage": {**DETAILS, "total_tokens": 36 + 87 + 64}}), Usage(36, 87 + 64, cached=30, reasoning=64)),
         (tail({"usage": {"prompt_tokens": 7, "completion_tokens": 2, "estimated": True}}), Usage(7, 2, estimated=True)),
+        # Behind it stands what the client has put there.
+        (tail({"usage": DETAILS, "metadata": {str(number): "😀" * 512 for number in range(16)}}), DETAILED),
+        # Anthropic's prompt is what is not in its cache, and what was read from there or written there.
+        (
+            tail({"usage": {"input_tokens": 4, "cache_read_input_tokens": 30, "cache_creation_input_tokens": 2}}),
+            Usage(36, 0, cached=30),
+        ),
+        (tail({"usage": {"prompt_tokens": 36, "cache_read_input_tokens": 30}}), Usage(36, 0)),
+        (b'{"usage": ' * 10_000 + b"0" + b"}" * 10_000, None),
         (tail({"usage": None, "choices": []}), None),
         (tail({"text": 'says "usage": {"prompt_tokens": 5}'}), None),
         (tail({"usage": {"seconds": 12}}), None),
