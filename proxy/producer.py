@@ -467,7 +467,8 @@ class Producer:
                     "The upstream answered a streaming request with one body, and streaming.enable_fallback is off.",
                     trouble=Trouble.MISSING,
                 )
-        answer.usage, told = read_usage(completion), value.get("usage")
+        answer.usage = read_usage(completion)
+        told = None if answer.usage is None else value.get("usage")
         if ask.partial and answer.usage is not None:
             answer.usage = _of_both_parts(answer.usage, ask)
             told = answer.usage.as_json()

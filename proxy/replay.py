@@ -110,7 +110,7 @@ class Replays:
         usage = read_usage(completion) or answer.usage
         if usage is None:
             usage = await self._encoders.estimate(call.request.model, call.request, answer.said)
-        if usage is not None and not isinstance(completion.get("usage"), dict):
+        if usage is not None and read_usage({"usage": completion.get("usage")}) is None:
             completion["usage"] = usage.as_json()
         try:
             said = await off_loop(answer.log.size, dumps, completion)

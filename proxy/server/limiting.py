@@ -54,18 +54,19 @@ class Limiting:
                 # What OpenAI's programs look at before they try again.
                 told["x-should-retry"] = "false"
             raise found.error()
-        return Taken(self._limiter, found, body_tokens, self._now)
+        return Taken(self._limiter, found, body_tokens + completion_tokens, self._now)
 
 
 class Taken:
     """What a limited call has taken. Settling it frees its slots, and counts the tokens it really took; again does nothing."""
 
-    __slots__ = ("_admission", "_body_tokens", "_limiter", "_now")
+    __slots__ = ("_admission", "_held", "_limiter", "_now")
 
-    def __init__(self, limiter: Limiter, admission: Admission, body_tokens: int, now: Callable[[], float]) -> None:
+    def __init__(self, limiter: Limiter, admission: Admission, held: int, now: Callable[[], float]) -> None:
+        """`held` are the tokens it was let in for."""
         self._limiter = limiter
         self._admission = admission
-        self._body_tokens = body_tokens
+        self._held = held
         self._now = now
 
     def settle(self, outcome: Outcome) -> None:
@@ -76,5 +77,5 @@ class Taken:
             return 0
         if outcome.usage is not None:
             return outcome.usage.prompt + outcome.usage.completion
-        # Nobody reads the answers to requests that are passed on; one that is refused before has taken nothing.
-        return self._body_tokens if outcome.mode is Mode.PASSTHROUGH and outcome.attempts else 0
+        # What nobody knows the tokens of took those it was let in for, as soon as an answer began.
+        return 0 if outcome.ttft_s is None else self._held

@@ -156,6 +156,14 @@ async def test_what_is_passed_on_is_limited_too(upstream: FakeUpstream, proxy: P
             assert response.headers["x-ratelimit-remaining-requests"] == "0"
 
 
+async def test_what_tells_no_usage_takes_what_it_was_let_in_for(upstream: FakeUpstream, proxy: Proxy) -> None:
+    upstream.plays(answer({"choices": [{"text": "word " * 2000}]}))
+    headers = await key_of(proxy, tokens_per_minute=1500)
+    for expected in (200, 429):
+        async with proxy.post("/completions", b'{"model": "model-a", "prompt": "Hi"}', headers=headers) as response:
+            assert response.status == expected
+
+
 async def test_what_is_refused_before_it_is_passed_on_takes_no_tokens(proxy: Proxy) -> None:
     assert (await admin(proxy, "PATCH", "/teams/alpha", {"budget_mode": "consumption_tokens"}))[0] == 200
     headers = await key_of(proxy, tokens_per_minute=2000)
