@@ -59,8 +59,8 @@ class _Job:
     watch: Watch
     attempts: Attempts
     recovery: Recovery | None = None
-    said_by: tuple[Target | None, str | None, Usage | None] = (None, None, None)
-    """Who said what broke, as which model, and what that took."""
+    said_by: tuple[Target | None, str | None, Mode, Usage | None] = (None, None, Mode.NONE, None)
+    """Who said what broke, as which model and in which way, and what that took."""
     manners: dict[Target, tuple[Ask, list[tuple[Topic, str]]]] = field(default_factory=dict)
     """How to ask the targets that refused how they were asked, and what of it they refused."""
     convert: Callable[[bytes], bytes] | None = None
@@ -138,7 +138,7 @@ class Producer:
         finally:
             if job.recovery is not None and not job.recovery.is_caught_up:
                 # Clients have nothing of who was to save it, nor is what that one took, at its price, theirs.
-                answer.target, answer.model, answer.usage = job.said_by
+                answer.target, answer.model, answer.mode, answer.usage = job.said_by
                 answer.finish_reason = None
 
     async def _go_on(self, job: _Job, error: UpstreamError) -> None:
@@ -149,7 +149,7 @@ class Producer:
         if is_midway := bool(answer.log.segments):
             answer.has_broken = True
             if job.recovery is None or job.recovery.is_caught_up:
-                job.said_by = answer.target, answer.model, answer.usage
+                job.said_by = answer.target, answer.model, answer.mode, answer.usage
             if job.recovery is None:
                 deadline = self._now() + self._streaming.recovery_timeout_s
                 setting = answer.call.route.recovery

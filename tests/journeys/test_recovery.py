@@ -216,6 +216,7 @@ async def test_another_answer_is_not_joined_to_the_first(
         row = await proxy.ledger.next()
         assert (row["status"], row["http_status"], row["error"]) == ("upstream_error", 200, "upstream_broke"), name
         assert (row["attempts"], row["estimated"], row["completion_tokens"]) == (1 + len(played), True, 6), name
+        assert row["mode"] == "relay", name
 
 
 async def test_a_target_that_answers_with_one_body_saves_a_stream_too(
