@@ -148,7 +148,7 @@ class Entry:
         "_end",
         "_heir",
         "_identity",
-        "_is_aside",
+        "_is_waived",
         "_meter",
         "_new",
         "_open",
@@ -180,7 +180,7 @@ class Entry:
         self._heir: Entry | None = None
         """Who pays for the answer, where this one left it before it was opened."""
         self._end: End | None = None
-        self._is_aside = False
+        self._is_waived = False
         self.is_job = False
         """Whether its job is for this one call, and ends with it."""
         self.log: AnswerLog | None = None
@@ -238,7 +238,7 @@ class Entry:
         wants that.
         """
         accounting, terms = self._accounting, _FREE_TERMS
-        if not self._is_aside:
+        if not self._is_waived:
             terms = accounting.terms_of(self._identity)
         self._terms, self._targets = terms, targets
         # Most of them are known when the answer has come to its end.
@@ -306,8 +306,12 @@ class Entry:
     def aside(self, call_id: str, purpose: str) -> Entry:
         """The entry of another call, which the proxy makes by itself on account of this one: nobody is charged for it."""
         beside = self._accounting.entry(self._identity, call_id, self._new.model, purpose=purpose)
-        beside._is_aside = True
+        beside.waive()
         return beside
+
+    def waive(self) -> None:
+        """Charge nobody for it. To be called before it is opened."""
+        self._is_waived = True
 
     # ------------------------------------------------------------------ after
 
@@ -382,7 +386,7 @@ class Entry:
 
     def _end_of(self, outcome: Outcome, charge: Charge) -> End:
         usage = outcome.usage
-        is_paid = outcome.mode not in FREE and not self._is_aside and _has_generated(outcome)
+        is_paid = outcome.mode not in FREE and not self._is_waived and _has_generated(outcome)
         return End(
             outcome.status,
             outcome.mode,

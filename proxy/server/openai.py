@@ -180,6 +180,9 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     headers["x-request-id"] = visit.id
     response: web.StreamResponse | None = None
     try:
+        if request.method != "POST":
+            # It reads or deletes what was made before, and paid for.
+            entry.waive()
         generates = request.method == "POST" and _last_word(path) in _GENERATING
         entry.admit(visit.headers, len(body or b""), None if generates else 0)
         visit.is_call = True

@@ -179,14 +179,15 @@ async def test_an_absurd_usage_beside_a_body_is_not_told_in_its_stream(upstream:
 
 
 @pytest.mark.parametrize("path", ["/v1/responses/resp-1", "/v1/chat/completions"])
-async def test_to_read_an_answer_that_was_made_before_takes_no_tokens(
-    upstream: FakeUpstream, start: Start, path: str
+@pytest.mark.parametrize("terms", [TOKENS, DOLLARS, {"budget_mode": "job_based"}], ids=str)
+async def test_to_read_an_answer_that_was_made_before_costs_nothing(
+    upstream: FakeUpstream, start: Start, path: str, terms: dict[str, Any]
 ) -> None:
     proxy = await start()
     upstream.plays(answer({"id": "resp-1", "usage": {"input_tokens": 8, "output_tokens": 3}}))
     async with proxy.client.post(proxy.base.removesuffix("/v1") + "/admin/credits/teams/local/add", json={"amount": 5}):
         pass
-    async with proxy.client.patch(proxy.base.removesuffix("/v1") + "/admin/teams/local", json=TOKENS) as response:
+    async with proxy.client.patch(proxy.base.removesuffix("/v1") + "/admin/teams/local", json=terms) as response:
         assert response.status == 200
     async with proxy.get(path) as response:
         assert response.status == 200
