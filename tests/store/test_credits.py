@@ -38,11 +38,11 @@ async def test_every_change_has_a_row_with_before_and_after(ledger: Ledger) -> N
         1_000, 750, 0, 250
     )
     assert await ledger.adjust("red", -50, Cause(NOW, "a mistake")) == Balance(950, 700, 0, 250)
-    assert await ledger.adjust("red", 20, Cause(NOW, "\ud800")) == Balance(970, 720, 0, 250)
+    assert await ledger.adjust("red", 50, Cause(NOW, "\ud800")) == Balance(1_000, 750, 0, 250)
     page = await ledger.transactions("red")
     assert page.total == 5
     assert [(row.number, row.kind, row.amount, row.before, row.after, row.call, row.reason) for row in page.rows] == [
-        (5, "adjustment", 20, 700, 720, None, "?"),
+        (5, "adjustment", 50, 700, 750, None, "?"),
         (4, "adjustment", -50, 750, 700, None, "a mistake"),
         (3, "refund", 150, 600, 750, "call-1", "the answer was bad"),
         (2, "charge", -400, 1_000, 600, "call-1", ""),
