@@ -27,6 +27,7 @@ from proxy.store.ledger import Ledger
 from proxy.store.processes import Presence
 from proxy.tasks import Tasks
 from tests.store.ledgers import NOW, Start, check_books, done, look, new, noted, opened, record, starting
+from tests.waiting import until
 
 
 @pytest_asyncio.fixture
@@ -280,6 +281,7 @@ import asyncio, sys
 from pathlib import Path
 from proxy.store.credits import Cause
 from tests.store.ledgers import NOW, done, new, opened, starting
+from tests.waiting import until
 
 async def call(ledger, number):
     while True:
@@ -340,6 +342,28 @@ async def test_a_ledger_in_memory_leaves_nothing_behind(path: Path) -> None:
     await ledger.close()
     await connection.close()
     assert list(path.parent.iterdir()) == []
+
+
+async def test_a_backup_that_is_no_longer_wanted_leaves_nothing(tmp_path: Path) -> None:
+    source, copy = tmp_path / "headwater.db", tmp_path / "copy.db"
+
+    def parts() -> list[Path]:
+        return list(tmp_path.glob("*.part"))
+
+    async def has_begun() -> bool:
+        return bool(parts())
+
+    with closing(sqlite3.connect(source, isolation_level=None)) as other:
+        other.executescript("CREATE TABLE kept (x); BEGIN EXCLUSIVE")
+        copying = asyncio.ensure_future(backup(source, copy))
+        await until(has_begun, bool)
+        copying.cancel()
+        await asyncio.sleep(0)
+        other.execute("ROLLBACK")
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+    assert parts() == []
+    assert not copy.exists()
 
 
 async def test_a_backup_is_whole_while_others_write(start: Start, path: Path, tmp_path: Path) -> None:
