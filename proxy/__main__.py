@@ -15,8 +15,9 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import uvloop
 
@@ -36,6 +37,7 @@ from proxy.upstream.discovery import from_url, in_environment, on_this_machine
 from proxy.upstream.tls import TlsContexts
 
 _DEFAULT_CONFIG = Path("config/headwater.toml")
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return _INTERRUPTED
 
 
 def _do(options: argparse.Namespace, settings: Settings) -> int:
@@ -127,9 +129,28 @@ def _settings(options: argparse.Namespace) -> Settings:
     return settings
 
 
-def _run(work: object) -> int:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)  # type: ignore[arg-type]
+def _run(work: Awaitable[int]) -> int:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_interruptible(work))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+async def _interruptible(work: Awaitable[int]) -> int:
+    """Ctrl-C cancels it, as `asyncio.Runner` does that; a second one ends the process at once, whatever its threads wait for."""
+    cancel = signal.getsignal(signal.SIGINT)
+
+    def cancel_or_leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
+        assert callable(cancel)
+        cancel(number, frame)
+
+    # A shell may have said that Ctrl-C is to be ignored.
+    if callable(cancel):
+        signal.signal(signal.SIGINT, cancel_or_leave)
+    return await work
 
 
 def _check(options: argparse.Namespace, settings: Settings) -> int:

@@ -375,6 +375,26 @@ async def test_ctrl_c_ends_a_command_that_opens_the_database(tmp_path: Path) -> 
             assert await running.stderr() == ""
 
 
+async def test_a_second_ctrl_c_ends_a_command_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "headwater.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.executescript("PRAGMA journal_mode=WAL; BEGIN IMMEDIATE;")
+        async with command(tmp_path, "keys", "list") as running:
+
+            async def has_opened() -> bool:
+                return running.has_open(path)
+
+            async def interrupt() -> int | None:
+                with suppress(ProcessLookupError):
+                    running.process.send_signal(signal.SIGINT)
+                return running.process.returncode
+
+            await until(has_opened, bool)
+            # It waits for the database until the end of the test, and not for the 5 s after which it would give up.
+            assert await until(interrupt, lambda code: code is not None) == 130
+            assert await running.stderr() == ""
+
+
 async def test_the_version_is_printed(tmp_path: Path) -> None:
     code, out, _ = await run(tmp_path, "--version")
     assert code == 0
