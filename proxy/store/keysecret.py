@@ -44,15 +44,16 @@ def read_or_make_secret(given: str | None, path: Path) -> bytes:
         return secret
     draft = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY), "wb") as file:
-            file.write(secrets.token_hex(_BYTES).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
         try:
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY), "wb") as file:
+                file.write(secrets.token_hex(_BYTES).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
             with suppress(FileExistsError):
                 os.link(draft, path)
         finally:
-            draft.unlink()
+            # A disk that is full takes the name, and not what is in the file.
+            draft.unlink(missing_ok=True)
         _sync_directory(path.parent)
     except OSError as error:
         raise ConfigError([f"{path}: cannot be written: {error.strerror}"]) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
@@ -22,6 +23,7 @@ from proxy.settings import AuthSettings, Settings, StoreSettings
 from proxy.store import db, migrations
 from proxy.store.account_rows import Organisation, Team, VirtualKey
 from proxy.store.accounts import Accounts
+from proxy.store.keysecret import read_or_make_secret
 from tests.conftest import examples
 
 NOW = 1_000_000.0
@@ -358,6 +360,17 @@ async def test_a_secret_that_cannot_be_used_is_said_at_the_start(
     spoil(one.settings.store.key_secret_path)
     with pytest.raises(ConfigError, match=words):
         await start()
+
+
+def test_a_full_disk_leaves_no_half_secret(tmp_path: Path) -> None:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, unlimited[1]))
+    try:
+        with pytest.raises(ConfigError, match="secret: cannot be written: File too large"):
+            read_or_make_secret(None, tmp_path / "secret")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert contents(tmp_path) == {}
 
 
 async def test_the_environment_goes_before_the_file_and_keys_of_a_lost_secret_can_be_revoked(start: Start) -> None:
