@@ -12,12 +12,14 @@ import gc
 import io
 import logging
 import os
+import select
 import signal
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import uvloop
 
@@ -190,9 +192,24 @@ async def _serve(options: argparse.Namespace, settings: Settings) -> int:
             watchdog = loop.create_task(keep_watchdog_quiet(), name="watchdog")
             await stop.wait()
             notify("STOPPING=1")
-            print("headwater stops: running answers may finish", flush=True)
+            if _is_read(sys.stdout):
+                print("headwater stops: running answers may finish", flush=True)
         watchdog.cancel()
+    if not _is_read(sys.stdout):
+        # All is closed and written, but for lines of the access log, and their thread would wait for a reader for ever.
+        os._exit(0)
     return 0
+
+
+def _is_read(out: TextIO) -> bool:
+    """Whether a few words can be written at once. Not to a pager that shows a page, nor to a terminal that was stopped."""
+    try:
+        file = out.fileno()
+    except (OSError, ValueError):
+        return True
+    writable = select.poll()
+    writable.register(file, select.POLLOUT)
+    return bool(writable.poll(0))
 
 
 def _settle_memory() -> None:

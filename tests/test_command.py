@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import sqlite3
 import sys
@@ -41,12 +42,15 @@ _NOT_FOR_THE_CHILD = (
 
 
 class Command:
-    """A running `headwater`. Its standard output is read by `line` and `lines`."""
+    """A running `headwater`. Its standard output is read by `line` and `rest`."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        assert process.stdout is not None
-        self._stdout = process.stdout
+
+    @property
+    def _stdout(self) -> asyncio.StreamReader:
+        assert self.process.stdout is not None
+        return self.process.stdout
 
     async def line(self, beginning: str = "") -> str:
         """The next line that begins so, without its end."""
@@ -88,7 +92,9 @@ def _kept() -> dict[str, str]:
 
 
 @asynccontextmanager
-async def command(directory: Path, *arguments: str, **environ: str) -> AsyncIterator[Command]:
+async def command(
+    directory: Path, *arguments: str, out: Any = asyncio.subprocess.PIPE, **environ: str
+) -> AsyncIterator[Command]:
     """`headwater ARGUMENTS` in `directory`; killed at the end of the block if it still runs."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "error", "-m", "proxy", *arguments),
@@ -100,7 +106,7 @@ async def command(directory: Path, *arguments: str, **environ: str) -> AsyncIter
             **environ,
         },
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
+        stdout=out,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
@@ -393,6 +399,19 @@ async def test_a_second_ctrl_c_ends_a_command_at_once(tmp_path: Path) -> None:
             # It waits for the database until the end of the test, and not for the 5 s after which it would give up.
             assert await until(interrupt, lambda code: code is not None) == 130
             assert await running.stderr() == ""
+
+
+async def test_a_proxy_whose_output_nobody_reads_stops_all_the_same(tmp_path: Path, upstream: FakeUpstream) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as lines, os.fdopen(writing, "wb", buffering=0) as pipe:
+        async with command(tmp_path, "serve", "--port", "0", "--upstream", upstream.url, out=pipe) as running:
+            while not (await asyncio.to_thread(lines.readline)).startswith(b"try: "):
+                assert running.process.returncode is None
+            while select.select([], [pipe], [], 0)[1]:
+                pipe.write(b"-" * select.PIPE_BUF)
+            running.process.send_signal(signal.SIGTERM)
+            assert await running.exit_code() == 0
+            assert "Traceback" not in await running.stderr()
 
 
 async def test_the_version_is_printed(tmp_path: Path) -> None:

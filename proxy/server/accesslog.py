@@ -23,11 +23,15 @@ _MAX_WAITING = 10_000
 
 
 class AccessLog:
-    """Writes Outcomes to `out` as text or JSON lines. To be made on the event loop; `close` writes what waits."""
+    """Writes Outcomes to `out` as text or JSON lines. To be made on the event loop; `close` writes what waits.
 
-    def __init__(self, out: TextIO, log_format: Literal["text", "json"]) -> None:
+    That takes `last_lines_s` at most: a reader that takes nothing (a pager, a stopped terminal) must not hold up the end.
+    """
+
+    def __init__(self, out: TextIO, log_format: Literal["text", "json"], *, last_lines_s: float = 5.0) -> None:
         self._out = out
         self._line: Callable[[Outcome], str] = _json_line if log_format == "json" else _text_line
+        self._last_lines_s = last_lines_s
         self._waiting: list[Outcome] = []
         self._dropped = 0
         self._is_writing = False
@@ -66,13 +70,15 @@ class AccessLog:
         self._out.flush()
 
     async def close(self) -> None:
-        """Write what waits. Nothing may be reported afterwards."""
+        """Write what waits, or give it up. Nothing may be reported afterwards."""
         if self._timer is not None:
             self._timer.cancel()
         lines, self._waiting = self._waiting, []
         if lines:
+            # A TimeoutError is an OSError.
             with suppress(OSError, ValueError):
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, lines, self._dropped)
+                async with asyncio.timeout(self._last_lines_s):
+                    await asyncio.get_running_loop().run_in_executor(self._thread, self._write, lines, self._dropped)
         self._thread.shutdown(wait=False)
 
 

@@ -223,6 +223,23 @@ async def test_a_log_that_cannot_be_written_at_the_end_does_not_stop_the_end() -
     assert out.tries == 1
 
 
+async def test_a_log_that_nobody_takes_does_not_hold_up_the_end() -> None:
+    taken = threading.Event()
+
+    class Stuck(io.StringIO):
+        def write(self, text: str) -> int:
+            taken.wait()
+            return super().write(text)
+
+    log = AccessLog(Stuck(), "text", last_lines_s=0.01)
+    log.report(OUTCOME)
+    try:
+        async with asyncio.timeout(30):
+            await log.close()
+    finally:
+        taken.set()
+
+
 async def test_nothing_comes_after_the_end() -> None:
     """A line was waiting to be gathered with others when the log was closed."""
     out = io.StringIO()
