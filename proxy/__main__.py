@@ -16,6 +16,7 @@ import select
 import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -132,27 +133,26 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _run(work: Awaitable[int]) -> int:
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_interruptible(work))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_interruptible(work))
 
 
 async def _interruptible(work: Awaitable[int]) -> int:
     """Ctrl-C cancels it, as `asyncio.Runner` does that; a second one ends the process at once, whatever its threads wait for."""
     cancel = signal.getsignal(signal.SIGINT)
+    # A shell may have said that Ctrl-C is to be ignored, and beside the main thread there is none.
+    if not callable(cancel) or threading.current_thread() is not threading.main_thread():
+        return await work
 
     def cancel_or_leave(number: int, frame: FrameType | None) -> None:
         signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
-        assert callable(cancel)
         cancel(number, frame)
 
-    # A shell may have said that Ctrl-C is to be ignored.
-    if callable(cancel):
-        signal.signal(signal.SIGINT, cancel_or_leave)
-    return await work
+    signal.signal(signal.SIGINT, cancel_or_leave)
+    try:
+        return await work
+    finally:
+        signal.signal(signal.SIGINT, cancel)
 
 
 def _check(options: argparse.Namespace, settings: Settings) -> int:
