@@ -98,6 +98,24 @@ class Answer:
     is_given_up: bool = False
     is_stopping: bool = False
 
+    def say(self, events: bytes) -> None:
+        """It goes on: for its clients as far as it is paid for, or for its draft. UpstreamError when it gets too long."""
+        if self.draft is not None:
+            self.draft.append(events)
+        elif self.meter is not None:
+            self.meter.pass_on(events, self._tell)
+        else:
+            self._tell(events)
+
+    def _tell(self, events: bytes) -> None:
+        self.log.commit()
+        self.log.append(events)
+
+    async def passed(self) -> None:
+        """Wait until its clients can have all that it was made to say."""
+        if self.meter is not None:
+            await self.meter.passed()
+
     @property
     def said(self) -> list[bytes] | bytes:
         """What the upstream has said so far."""

@@ -217,10 +217,16 @@ class Usage:
 
 
 class Meter(Protocol):
-    """What counts an answer as it grows."""
+    """What lets an answer go on as far as it is paid for."""
 
-    def hear(self, segment: bytes) -> None:
-        """Some events of it, in normal form."""
+    def pass_on(self, segment: bytes, outlet: Callable[[bytes], None]) -> None:
+        """Give some events of it, in normal form, to `outlet`: now, or when they are paid for. Raises what that raises."""
+
+    async def passed(self) -> None:
+        """Wait until all that was given has gone on. Never done where the answer may not go on, and is stopped."""
+
+    def close(self) -> None:
+        """The answer has ended: what still waits goes nowhere."""
 
 
 class Ticket(Protocol):
@@ -229,7 +235,7 @@ class Ticket(Protocol):
     async def open(self, targets: tuple[Target, ...], stop: Callable[[ProxyError], None] | None = None) -> Meter | None:
         """To be awaited before the first of the upstreams is asked. ProxyError when it may not be asked.
 
-        The answer is to be told to the meter, if there is one; it calls `stop` when the answer may not go on.
+        The answer is to go through the meter, if there is one; it calls `stop` when the answer may not go on.
         """
 
     def hand_over(self, heir: Ticket) -> None:

@@ -136,6 +136,8 @@ class Producer:
                 except UpstreamError as error:
                     await self._go_on(job, error)
         finally:
+            if answer.meter is not None:
+                answer.meter.close()
             if job.recovery is not None and not job.recovery.is_caught_up:
                 # Clients have nothing of who was to save it, nor is what that one took, at its price, theirs.
                 answer.target, answer.model, answer.mode, answer.usage = job.said_by
@@ -146,6 +148,7 @@ class Producer:
         answer = job.answer
         job.watch.lift()
         job.convert = None
+        await answer.passed()
         if is_midway := bool(answer.log.segments):
             answer.has_broken = True
             if job.recovery is None or job.recovery.is_caught_up:
@@ -313,10 +316,11 @@ class Producer:
             )
         last = pump.rest if job.convert is None else job.convert(pump.rest)
         is_over = normalizer.has_finish or (normalizer.is_done and normalizer.is_meaningful)
-        if last and (answer.draft is not None or answer.usage is None or not is_over):
+        if last and (answer.draft is not None or answer.meter is not None or answer.usage is None or not is_over):
             # It is counted with the rest, and need not wait for that.
-            (log if answer.draft is None else answer.draft).append(last)
+            answer.say(last)
             last = b""
+        await answer.passed()
         if not is_over:
             raise UpstreamError(502, "upstream_broke", "The upstream's stream ended before the answer was whole.")
         if job.recovery is not None:
@@ -358,25 +362,15 @@ class Producer:
             self._name(answer, normalizer.id)
         if answer.id != normalizer.id:
             job.convert = renaming(normalizer.id, answer.id)
-        outlet = log
         if answer.draft is not None:
             watch.follow(Unsaid(pump))
-            outlet = answer.draft
         else:
             watch.follow(pump)
             log.source = reply
             log.commit()
-        convert, append = job.convert, outlet.append
-        if (meter := answer.meter) is not None:
-
-            def tell(segment: bytes) -> None:
-                meter.hear(segment)
-                append(segment if convert is None else convert(segment))
-
-            return tell
-        if convert is None:
-            return append
-        return lambda segment: append(convert(segment))
+        say = answer.say if answer.meter is not None else (log if answer.draft is None else answer.draft).append
+        convert = job.convert
+        return say if convert is None else lambda segment: say(convert(segment))
 
     def _catch_up(self, job: _Job, pump: Pump, reply: Reply, segment: bytes) -> None:
         """Pass on what the clients do not have yet; when it has come so far, the stream is like any other."""
@@ -391,9 +385,7 @@ class Producer:
             # What it repeats is a sign of life, but no reason to wait longer than for all of it.
             self._limit_recovery(job, self._streaming.idle_timeout_s)
         if fresh:
-            if job.answer.meter is not None:
-                job.answer.meter.hear(fresh)
-            job.answer.log.append(fresh)
+            job.answer.say(fresh)
 
     def _limit_silence(self, watch: Watch) -> None:
         limit_s = self._streaming.idle_timeout_s
@@ -492,12 +484,13 @@ class Producer:
         if job.recovery is not None:
             stream = await off_loop(len(stream), job.recovery.feed, stream)
             job.recovery.end()
-        if answer.wants_usage and answer.usage is None:
-            if not answer.delivers_whole:
-                # Counting takes its time, and the answer need not wait for it.
-                log.append(stream)
-                log.commit()
-                stream = b""
+        is_to_count = answer.wants_usage and answer.usage is None
+        if stream and not answer.delivers_whole and (is_to_count or answer.meter is not None):
+            # Counting takes its time, and the answer need not wait for it.
+            answer.say(stream)
+            await answer.passed()
+            stream = b""
+        if is_to_count:
             await self._count(answer, answer.said)
         usage = b""
         is_needed = answer.wants_usage or (answer.wants_whole and not answer.body)

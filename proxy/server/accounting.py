@@ -245,7 +245,7 @@ class Entry:
         accounting.price_lookup.begin(targets)
         if stop is not None and terms.stops_when_spent and terms.grow_with_tokens:
             self._completion_tokens = min(self._completion_tokens, PIECE_TOKENS)
-            self._meter = Meter(self._hold_more, stop, accounting.tasks, self._completion_tokens)
+            self._meter = Meter(self._hold_for, stop, accounting.tasks, self._completion_tokens)
         new = self._new
         if self._heir is None and (terms.credits is not None or terms.have_budgets):
             new = new.holding(*await self._worth(self._completion_tokens))
@@ -269,17 +269,16 @@ class Entry:
     def _is_written(self) -> bool:
         return self._accounting.writes_all or self._is_bound
 
-    async def _hold_more(self, tokens: int) -> None:
-        """Hold what so many more tokens of the answer may cost. As Ledger.extend_call."""
+    async def _hold_for(self, tokens: int) -> None:
+        """Hold what an answer of so many tokens may cost. As Ledger.extend_call."""
         if (opened := self._open) is None or self._end is not None:
             return
-        # Now, for an heir that comes meanwhile is to count them too; and after a refusal nothing more is asked for.
-        self._completion_tokens += tokens
-        worth = await self._worth(self._completion_tokens)
+        worth = await self._worth(tokens)
+        held = opened.payer.new
         await self._accounting.ledger.extend_call(
             opened,
-            max(0, worth.microcredits - opened.new.hold_microcredits),
-            max(0, worth.microusd - opened.new.hold_microusd),
+            max(0, worth.microcredits - held.hold_microcredits),
+            max(0, worth.microusd - held.hold_microusd),
             team_budgets=self._terms.team_budgets,
             key_budgets=self._terms.key_budgets,
         )
@@ -326,9 +325,9 @@ class Entry:
         self._accounting.ledger.hand_over(self._open, heir._open)
         # A budget is its key's own, and the other may be of another key.
         heir._terms = self._terms._replace(key_budgets=self._accounting.terms_of(heir._identity).key_budgets)
-        heir._targets, heir._completion_tokens = self._targets, self._completion_tokens
+        heir._targets = self._targets
         if (meter := self._meter) is not None:
-            heir._meter, meter.extend = meter, heir._hold_more
+            heir._meter, meter.extend = meter, heir._hold_for
 
     def settle(self, outcome: Outcome) -> None:
         """The call is over: write what became of it, and charge for it."""

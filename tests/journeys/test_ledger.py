@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from tests.fakes.upstream import (
     COMPLETION,
     DONE,
     FakeUpstream,
+    Play,
+    Received,
+    Wire,
     answer,
     echo,
     event,
@@ -314,19 +318,19 @@ async def test_what_has_no_price_is_not_sold_for_dollars(upstream: FakeUpstream,
 async def test_a_stream_ends_where_the_credit_does(upstream: FakeUpstream, proxy: Proxy) -> None:
     """And not long before: a word and its space are one token, or a little more."""
     upstream.plays(Paused(role(), *[text("word ")] * 500))
-    await give(proxy, 700, **TOKENS, hard_stop=True)
+    await give(proxy, 600, **TOKENS, hard_stop=True)
     async with proxy.chat(headers=await key_of(proxy), stream=True, seed=1) as response:
         assert response.status == 200
         said = await response.read()
     assert b"insufficient_credits" in said
-    assert 400 < said.count(b'"word "') <= 500
+    assert 440 < said.count(b'"word "') <= 480
     assert not said.endswith(DONE)
     row = await proxy.ledger.next()
     assert (row["status"], row["error"]) == ("rejected", "insufficient_credits")
     left, reserved, used = await credits_of(proxy)
     assert reserved == 0
     assert used >= 400
-    assert left + used == 700
+    assert left + used == 600
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -355,6 +359,67 @@ async def test_an_answer_longer_than_it_may_be_is_stopped_at_what_was_held(
     _, reserved, used = await credits_of(proxy)
     assert reserved == 0
     assert used <= 130
+
+
+LONG = "word " * 3000
+
+
+async def in_one_piece(request: Received, wire: Wire) -> None:
+    await wire.head(content_type="text/event-stream")
+    await wire.chunk(role() + text("word ") * 3000 + finish() + DONE)
+    await wire.end()
+
+
+async def in_one_event(request: Received, wire: Wire) -> None:
+    await wire.head(content_type="text/event-stream")
+    await wire.chunk(role() + text(LONG) + finish())
+    await wire.end()
+
+
+async def and_breaks(request: Received, wire: Wire) -> None:
+    await wire.head(content_type="text/event-stream")
+    await wire.chunk(role() + text("word ") * 3000)
+    await wire.reset()
+
+
+MESSAGE = {"index": 0, "message": {"role": "assistant", "content": LONG}, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("play", "words"),
+    [
+        (in_one_piece, range(280, 321)),
+        (in_one_event, [0]),
+        (and_breaks, range(280, 321)),
+        (answer({**COMPLETION, "choices": [MESSAGE]}), [0]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+async def test_what_comes_at_once_ends_where_the_credit_does(
+    upstream: FakeUpstream, proxy: Proxy, play: Play, words: Container[int]
+) -> None:
+    """However fast it comes: what is not paid for yet waits. A part of an event cannot be given."""
+    upstream.plays(play)
+    await give(proxy, 400, **TOKENS, hard_stop=True)
+    async with proxy.chat(headers=await key_of(proxy), stream=True) as response:
+        said = await response.read()
+    assert b"insufficient_credits" in said
+    assert said.count(b"word ") in words
+    row = await proxy.ledger.next()
+    assert (row["status"], row["error"]) == ("rejected", "insufficient_credits")
+    left, reserved, used = await credits_of(proxy)
+    assert (reserved, left + used) == (0, 400)
+
+
+async def test_what_comes_at_once_and_can_be_paid_for_is_given_whole(upstream: FakeUpstream, proxy: Proxy) -> None:
+    upstream.plays(in_one_piece)
+    await give(proxy, 4000, **TOKENS, hard_stop=True)
+    async with proxy.chat(headers=await key_of(proxy), stream=True) as response:
+        said = await response.read()
+    assert said.count(b"word ") == 3000
+    assert said.endswith(finish() + DONE)
+    assert (await calls(proxy, 1))[0]["status"] == "ok"
+    assert (await credits_of(proxy))[1] == 0
 
 
 async def test_what_nobody_counts_is_taken_from_a_budget_as_it_was_held(upstream: FakeUpstream, proxy: Proxy) -> None:

@@ -80,7 +80,7 @@ async def test_who_stays_holds_what_an_answer_may_cost_whenever_the_others_leave
     assert [call.id for call in await ledger.calls_under_way()] == [f"call-{heirs}"]
     held = (await ledger.balance("local")).reserved
     assert meter is not None
-    await meter.extend(256)
+    await meter.extend(512)
     more = (await ledger.balance("local")).reserved
     assert 0 < held < more
     last.settle(whole(300))
@@ -101,12 +101,12 @@ async def test_what_is_added_while_an_answer_changes_hands_is_added_once(account
     giver, heir = (accounting.entry(LOCAL, call_id, "gpt-4o") for call_id in ("giver", "heir"))
     meter = await giver.open((PRIVATE,), stop)
     assert meter is not None
-    adding = asyncio.ensure_future(meter.extend(256))
+    adding = asyncio.ensure_future(meter.extend(512))
     await asyncio.sleep(0)
     giver.hand_over(heir)
     giver.settle(left())
     await adding
-    await meter.extend(256)
+    await meter.extend(768)
     assert (await accounting.ledger.balance("local")).reserved == 3 * 256 * MICRO
     heir.settle(whole(1))
     assert (await accounting.ledger.balance("local")).reserved == 0
@@ -128,7 +128,7 @@ async def test_who_takes_an_answer_over_is_held_to_a_budget_of_its_own(
     giver.hand_over(heir)
     giver.settle(left())
     with pytest.raises(BudgetExceededError) if is_stopped else nullcontext():
-        await meter.extend(256)
+        await meter.extend(512)
     heir.settle(whole(100))
     assert (await accounting.ledger.calls()).rows[0].price_microusd == 100_000
     assert (await accounting.ledger.balance("local")).reserved == 0
