@@ -82,6 +82,8 @@ class Answer:
     first_at: float | None = None
     """When the first piece of it came."""
     usage: Usage | None = None
+    told: Usage | None = None
+    """What was told of its usage on the way, which is no more than that of all."""
     is_counted: bool = False
     """Whether the usage was counted here, or could not be."""
     is_whole: bool = False

@@ -204,6 +204,18 @@ class Usage:
     cached: int = 0
     reasoning: int = 0
 
+    def at_least(self, told: Usage | None) -> Usage:
+        """This, or more where an upstream has told of more: thoughts, say, that nobody sees and could count."""
+        if told is None:
+            return self
+        return replace(
+            self,
+            prompt=max(self.prompt, told.prompt),
+            completion=max(self.completion, told.completion),
+            cached=max(self.cached, told.cached),
+            reasoning=max(self.reasoning, told.reasoning),
+        )
+
     def as_json(self) -> dict[str, Any]:
         """OpenAI's usage object; an estimate carries the extra member `estimated`."""
         usage: dict[str, Any] = {

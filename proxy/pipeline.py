@@ -421,14 +421,14 @@ class Pipeline:
         if said is not None or packs:
             given = answer.given if packs else None
             self._in_flight.hold()
-            self._tasks.spawn(self._report_late(answer.call.request, said, given, settled), "end calls")
+            self._tasks.spawn(self._report_late(answer, said, given, settled), "end calls")
             return
         for _, outcome in settled:
             self._report(outcome)
 
     async def _report_late(
         self,
-        request: ChatRequest,
+        answer: Answer,
         said: list[bytes] | bytes | None,
         given: list[bytes] | bytes | None,
         settled: list[tuple[Call, Outcome]],
@@ -437,15 +437,17 @@ class Pipeline:
         and with what is to be stored of them where something was `given`.
         """
         outcomes = [outcome for _, outcome in settled]
+        request, told = answer.call.request, answer.told
         try:
             if said is not None:
-                usage = await self._encoders.estimate(request.model, request, said)
+                counted = await self._encoders.estimate(request.model, request, said)
+                usage = counted and counted.at_least(told)
                 outcomes = [outcome._replace(usage=usage) for outcome in outcomes]
             if given is not None and self._contents is not None:
-                answer = await self._contents.packed(given)
+                packed = await self._contents.packed(given)
                 for position, (call, _) in enumerate(settled):
                     if call.ticket is not None:
-                        content = await self._contents.exchange(call.request.raw, answer)
+                        content = await self._contents.exchange(call.request.raw, packed)
                         outcomes[position] = outcomes[position]._replace(content=content)
         finally:
             for outcome in outcomes:

@@ -173,7 +173,7 @@ class Producer:
             raise
         if not is_midway:
             # Nothing of it will be told, nor booked on the next target.
-            answer.draft, answer.body, answer.usage = None, b"", None
+            answer.draft, answer.body, answer.usage, answer.told = None, b"", None, None
             answer.mode, answer.first_at = Mode.NONE, None
             answer.model = answer.finish_reason = None
         _log.info("%s: %s failed (%s), %s is asked", answer.call.id, asked, error.word, job.attempts.target)
@@ -308,6 +308,8 @@ class Producer:
             # What is not that of all that was said, but of less, or of what a client had before: that is counted.
             is_of_all = not (normalizer.says_more or (is_cut and job.recovery is not None))
             answer.usage = normalizer.usage if is_of_all else None
+            if job.recovery is None:
+                answer.told = normalizer.usage
             answer.model, answer.finish_reason = normalizer.model, normalizer.finish_reason
         watch.rest()
         if normalizer.error is not None:
@@ -523,6 +525,7 @@ class Producer:
         request = answer.call.request
         with suppress(TimeoutError):
             async with asyncio.timeout(_USAGE_S):
-                answer.usage = await self._encoders.estimate(request.model, request, said)
+                counted = await self._encoders.estimate(request.model, request, said)
+                answer.usage = counted and counted.at_least(answer.told)
         # Not before: who leaves meanwhile pays for what was generated, and that is still to be counted.
         answer.is_counted = True
