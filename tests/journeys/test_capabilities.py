@@ -302,7 +302,7 @@ NO_EVIDENCE = {
 async def test_a_bad_day_is_no_evidence_that_an_upstream_cannot_stream(
     upstream: FakeUpstream, start: Start, bad_day: Play
 ) -> None:
-    proxy = await start(streaming={"first_token_timeout_s": 0.2, "max_retries": 0})
+    proxy = await start(streaming={"first_token_timeout_s": 0.5, "max_retries": 0})
     upstream.plays(bad_day, STREAM)
 
     async with proxy.chat(stream=True) as response:

@@ -183,7 +183,7 @@ async def test_the_next_target_is_asked_when_one_stays_silent(start: Start, upst
     silence = Silence()
     upstream.plays(silence, stream(role(), text("Second"), finish(), usage()))
     alias = '[[model]]\nname = "alias"\ntargets = ["up/model-a", "up/model-b"]'
-    proxy = await start(more=alias, streaming={"first_token_timeout_s": 0.3})
+    proxy = await start(more=alias, streaming={"first_token_timeout_s": 0.5})
 
     assert b"Second" in await proxy.stream(model="alias")
 
