@@ -322,16 +322,7 @@ class Normalizer:
         if usage is None:
             return None
         self._usage_at = self.events - self._silent
-        most = usage
-        if known is not None:
-            most = Usage(
-                max(usage.prompt, known.prompt),
-                max(usage.completion, known.completion),
-                usage.estimated,
-                cached=max(usage.cached, known.cached),
-                reasoning=max(usage.reasoning, known.reasoning),
-            )
-        self.usage = most
+        self.usage = most = usage.at_least(known)
         return most if most == usage or most != known else None
 
     def _mend_choices(self, chunk: dict[str, Any]) -> bool:
