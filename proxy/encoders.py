@@ -73,10 +73,12 @@ class Encoders:
         self._is_full = False
         self._is_closed = False
 
-    async def estimate(self, model: str, request: ChatRequest, answer: Sequence[bytes] | bytes) -> Usage | None:
+    async def estimate(
+        self, model: str, request: ChatRequest, answer: Sequence[bytes] | bytes, told: Usage | None = None
+    ) -> Usage | None:
         """The usage of a call: its request, and its answer as segments of a stream in normal form or as one JSON body.
 
-        None when it cannot be counted; the log says why.
+        It is no less than what was `told` of it. None when it cannot be counted; the log says why.
         """
         if self._is_closed or not self._has_room():
             return None
@@ -99,7 +101,8 @@ class Encoders:
         self._has_some.set()
         if not self._tasks:
             self._tasks.spawn(self._work(), "tokenizer")
-        return await question.usage
+        usage = await question.usage
+        return usage and usage.at_least(told)
 
     async def close(self) -> None:
         """End the process. What still waits is not counted."""

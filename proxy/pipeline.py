@@ -440,8 +440,7 @@ class Pipeline:
         request, told = answer.call.request, answer.told
         try:
             if said is not None:
-                counted = await self._encoders.estimate(request.model, request, said)
-                usage = counted and counted.at_least(told)
+                usage = await self._encoders.estimate(request.model, request, said, told)
                 outcomes = [outcome._replace(usage=usage) for outcome in outcomes]
             if given is not None and self._contents is not None:
                 packed = await self._contents.packed(given)

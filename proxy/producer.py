@@ -422,7 +422,7 @@ class Producer:
         if not (is_wanted or answer.lookup is not None):
             return b""
         if is_wanted and answer.usage is None:
-            await self._count(answer, answer.said)
+            await self._count(answer)
         return normalizer.usage_event(answer.usage)
 
     async def _take_whole(self, job: _Job, key: Key, ask: Ask, reply: Reply) -> None:
@@ -493,7 +493,7 @@ class Producer:
             await answer.passed()
             stream = b""
         if is_to_count:
-            await self._count(answer, answer.said)
+            await self._count(answer)
         usage = b""
         is_needed = answer.wants_usage or (answer.wants_whole and not answer.body)
         if is_needed and (told or (told := answer.usage and answer.usage.as_json())):
@@ -516,16 +516,15 @@ class Producer:
                 events = [*answer.said, last, usage]
                 log.put_whole(dumps(await off_loop(sum(map(len, events)), assemble, events)))
         if answer.draft is not None:
-            last = b"".join([*answer.draft.segments, last])
+            last = b"".join(answer.draft.segments)
         # A stream that is too long to be kept is still a status now.
         log.finish(last, usage)
 
-    async def _count(self, answer: Answer, said: list[bytes] | bytes) -> None:
+    async def _count(self, answer: Answer) -> None:
         """Count the tokens that nobody told, elsewhere. Their number stays unknown where that fails, and nothing else does."""
         request = answer.call.request
         with suppress(TimeoutError):
             async with asyncio.timeout(_USAGE_S):
-                counted = await self._encoders.estimate(request.model, request, said)
-                answer.usage = counted and counted.at_least(answer.told)
+                answer.usage = await self._encoders.estimate(request.model, request, answer.said, answer.told)
         # Not before: who leaves meanwhile pays for what was generated, and that is still to be counted.
         answer.is_counted = True

@@ -23,7 +23,6 @@ UNLIKE = "Which rivers flow through Vienna?"
 BY_MEANING: dict[str, Any] = {"embedder": "upstream:up2/small", "verify_rate": 0, "lookup_budget_ms": 20_000}
 """The settings of a cache whose embedder is the second upstream, and that leaves the first alone but for what is asked."""
 
-_LONG = 30
 _MEASURES = {text for anchor in ANCHORS for text in (anchor.a, anchor.b)}
 
 

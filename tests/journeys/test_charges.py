@@ -14,9 +14,7 @@ from tests.fakes.upstream import (
     COMPLETION,
     DONE,
     FakeUpstream,
-    Received,
     Silence,
-    Wire,
     answer,
     chunk,
     event,
@@ -33,6 +31,9 @@ from tests.server.test_auth import KEYS
 SAID = "Hello, how are you"
 SAID_TOKENS = (8, 5)
 
+AT_ONCE = stream(role() + text(SAID) + finish() + DONE, done=False)
+"""A stream that comes in one piece, and tells no usage."""
+
 
 @pytest.fixture
 async def proxy(start: Start) -> Proxy:
@@ -40,13 +41,6 @@ async def proxy(start: Start) -> Proxy:
     proxy = await with_team(await start(auth=KEYS, more=PRICE, streaming={"resume_window_s": 0}))
     await give(proxy, 10_000, **TOKENS)
     return proxy
-
-
-async def at_once(request: Received, wire: Wire) -> None:
-    """A stream that comes in one piece, and tells no usage."""
-    await wire.head(content_type="text/event-stream")
-    await wire.chunk(role() + text(SAID) + finish() + DONE)
-    await wire.end()
 
 
 async def charged(proxy: Proxy) -> dict[str, Any]:
@@ -62,7 +56,7 @@ async def charged(proxy: Proxy) -> dict[str, Any]:
 async def test_a_stream_that_comes_at_once_is_counted(
     upstream: FakeUpstream, proxy: Proxy, members: dict[str, Any], delivery: str
 ) -> None:
-    upstream.plays(at_once)
+    upstream.plays(AT_ONCE)
     async with proxy.chat(headers=await key_of(proxy) | {"x-headwater-delivery": delivery}, **members) as response:
         assert SAID in await response.text()
     row = await charged(proxy)
@@ -201,7 +195,7 @@ async def test_to_read_an_answer_that_was_made_before_costs_nothing(
 
 async def test_an_estimate_from_the_cache_is_an_estimate(upstream: FakeUpstream, start: Start) -> None:
     proxy = await start(more=PRICE, cache={"exact": True, "semantic": False})
-    upstream.plays(at_once)
+    upstream.plays(AT_ONCE)
     await proxy.stream()
     await has_kept(proxy, 1)
     await proxy.stream()

@@ -16,8 +16,6 @@ from tests.fakes.upstream import (
     DONE,
     FakeUpstream,
     Play,
-    Received,
-    Wire,
     answer,
     echo,
     event,
@@ -29,6 +27,7 @@ from tests.fakes.upstream import (
 )
 from tests.journeys.test_coalescing import Paused, hello
 from tests.journeys.test_keys import HELLO, bearer
+from tests.journeys.test_recovery import broken
 from tests.server.test_auth import KEYS, admin, made_key
 from tests.waiting import until
 
@@ -361,39 +360,21 @@ async def test_an_answer_longer_than_it_may_be_is_stopped_at_what_was_held(
     assert used <= 130
 
 
+WORDS = role() + text("word ") * 3000
 LONG = "word " * 3000
-
-
-async def in_one_piece(request: Received, wire: Wire) -> None:
-    await wire.head(content_type="text/event-stream")
-    await wire.chunk(role() + text("word ") * 3000 + finish() + DONE)
-    await wire.end()
-
-
-async def in_one_event(request: Received, wire: Wire) -> None:
-    await wire.head(content_type="text/event-stream")
-    await wire.chunk(role() + text(LONG) + finish())
-    await wire.end()
-
-
-async def and_breaks(request: Received, wire: Wire) -> None:
-    await wire.head(content_type="text/event-stream")
-    await wire.chunk(role() + text("word ") * 3000)
-    await wire.reset()
-
-
 MESSAGE = {"index": 0, "message": {"role": "assistant", "content": LONG}, "finish_reason": "stop"}
+IN_ONE_PIECE = stream(WORDS + finish() + DONE, done=False)
 
 
 @pytest.mark.parametrize(
     ("play", "words"),
     [
-        (in_one_piece, range(280, 321)),
-        (in_one_event, [0]),
-        (and_breaks, range(280, 321)),
+        (IN_ONE_PIECE, range(280, 321)),
+        (stream(role() + text(LONG) + finish(), done=False), [0]),
+        (broken(WORDS), range(280, 321)),
         (answer({**COMPLETION, "choices": [MESSAGE]}), [0]),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=["in one piece", "in one event", "and breaks", "in one body"],
 )
 async def test_what_comes_at_once_ends_where_the_credit_does(
     upstream: FakeUpstream, proxy: Proxy, play: Play, words: Container[int]
@@ -412,7 +393,7 @@ async def test_what_comes_at_once_ends_where_the_credit_does(
 
 
 async def test_what_comes_at_once_and_can_be_paid_for_is_given_whole(upstream: FakeUpstream, proxy: Proxy) -> None:
-    upstream.plays(in_one_piece)
+    upstream.plays(IN_ONE_PIECE)
     await give(proxy, 4000, **TOKENS, hard_stop=True)
     async with proxy.chat(headers=await key_of(proxy), stream=True) as response:
         said = await response.read()

@@ -19,7 +19,6 @@ from tests.waiting import until
 HELLO = stream(role(), text("Hello"), finish(), usage())
 BOTH = ["up/model-a", "up2/model-b"]
 GROUPS = "/model-groups"
-_LONG = 30
 
 
 @pytest.fixture

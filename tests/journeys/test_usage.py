@@ -22,7 +22,6 @@ from tests.store.ledgers import NOW, check_books, done, look, new, record
 from tests.waiting import until
 
 _ROOT = Path(__file__).parents[2]
-_LONG = 30
 DAY_S = 86_400
 HELLO = stream(role(), text("Hello"), finish(), usage(1_000, 500))
 PRICED = """

@@ -18,7 +18,6 @@ from tests.waiting import until
 
 MODES: list[dict[str, Any]] = [{"mode": "open"}, KEYS]
 
-_LONG = 30
 _HELLO = stream(role(), text("Hello"), finish(), usage())
 
 
